@@ -1,0 +1,256 @@
+"""One run, top to bottom: settings, output directory, data, model, and the loop.
+
+Start it with `accelerate launch train.py [RECIPE.yaml] [section.key=value ...]`.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vl_dist import config as settings
+from vl_dist.config import Config
+from vl_dist.data.collate import Batch
+from vl_dist.data.loader import StepPacks, load_steps, timed
+from vl_dist.data.plan import num_steps_per_epoch, plan_run, total_steps
+from vl_dist.errors import UserError
+from vl_dist.evaluate.held_out import evaluate, write_samples
+from vl_dist.model.load import find_model, load_processor, patch_shape
+from vl_dist.model.packed import PackedModel, out_of_memory_named
+from vl_dist.run import directory
+from vl_dist.run.build import RunData, load_data, load_model
+from vl_dist.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from vl_dist.run.console import RunConsole
+from vl_dist.run.distributed import Ranks, launched_rank, seed_dropout
+from vl_dist.run.export import export_adapter
+from vl_dist.run.interrupt import StopRequest
+from vl_dist.run.metrics import Meter, Record, last_scores
+from vl_dist.run.optim import clip_gradients, lr_factor, make_optimizer, set_lr
+from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
+from vl_dist.shapes import make_shapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything the loop works with; built once, before the first step."""
+
+    config: Config
+    ranks: Ranks
+    console: RunConsole
+    processor: Any
+    data: RunData
+    model: PackedModel  # the module itself, for evaluation and checkpoints
+    wrapped: nn.Module  # what accelerate made of it, for training
+    optimizer: torch.optim.Optimizer
+    record: Record
+    first_step: int  # steps done before
+    num_steps: int  # steps of the whole run
+
+
+def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over this rank's packs (all ranks; the same number of packs on each).
+
+    Returns:
+        loss_sum: scalar, this rank's loss summed over its targets.
+        grad_norm: scalar, over all ranks, before clipping. Neither is read here.
+    """
+    ranks = run.ranks
+    own_targets = sum(pack.num_targets for pack in packs)
+    targets = ranks.sum(torch.tensor(float(own_targets), device=ranks.device)).clamp(min=1.0)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for n, pack in enumerate(packs):
+        with ranks.gradient_sync(run.wrapped, last=n == len(packs) - 1), out_of_memory_named(pack):
+            loss = run.wrapped(pack.to(ranks.device))  # summed over the pack's targets
+            ranks.accelerator.backward(loss * (ranks.loss_scale / targets))
+        loss_sum += loss.detach()
+    grad_norm = clip_gradients(run.model.lora_parameters.values(), run.config.optim.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return loss_sum, grad_norm
+
+
+def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
+    """Steps from where the run stands to its end, or to a request to stop (all ranks)."""
+    config, ranks, num_steps = run.config, run.ranks, run.num_steps
+    if run.first_step == 0:
+        run.record.metrics(evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
+    meter = Meter(ranks)
+    for share, waited_s in timed(remaining_steps(run)):
+        done = ending.step = share.step.number + 1
+        lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
+        set_lr(run.optimizer, lr)
+        seed_dropout(config.run.seed, share.step.number, ranks.rank)
+        loss_sum, grad_norm = train_step(share.packs, run)
+        meter.add(share.packs, loss_sum, grad_norm, waited_s)
+        run.record.ledger(share.step)
+        run.console.train_step(done, num_steps)
+
+        is_last = done == num_steps
+        stopping = ranks.any(stop.reason is not None) and not is_last
+        row: dict[str, Any] = {"step": done, "epoch": done / steps_per_epoch(run), "train/lr": lr}
+        logged = is_last or stopping or is_due(done, config.log.every_steps)
+        evaluated = is_last or is_due(done, config.eval.every_steps)
+        if logged:
+            row |= meter.row()
+            run.console.row(row, num_steps)
+        if evaluated:
+            row = evaluate_now(run, done, row)
+        if logged or evaluated:
+            run.record.metrics(row)
+        if is_last or stopping or is_due(done, config.checkpoint.every_steps):
+            save(run, done)
+        if stopping:
+            return Outcome(STOPPED, f"stopped by {stop.reason or 'another rank'}; start again to go on", done)
+    return Outcome(FINISHED, "finished", num_steps)
+
+
+def remaining_steps(run: Run) -> Iterator[StepPacks]:
+    """This rank's packs of every step that is left, in the order of the plan."""
+    config, data = run.config, run.data.train
+    steps = plan_run(
+        len(data.examples),
+        config.batch.examples_per_step,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        num_steps=run.num_steps,
+        first_step=run.first_step,
+    )
+    return load_steps(
+        steps,
+        data,
+        rank=run.ranks.rank,
+        world_size=run.ranks.world_size,
+        max_tokens=config.batch.max_tokens_per_pack,
+        num_workers=config.data.num_workers,
+        pin_memory=run.ranks.device.type == "cuda",
+    )
+
+
+def steps_per_epoch(run: Run) -> int:
+    """Optimizer steps of one pass over the training examples."""
+    return num_steps_per_epoch(len(run.data.train.examples), run.config.batch.examples_per_step)
+
+
+def is_due(step: int, every_steps: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every_steps is not None and step % every_steps == 0
+
+
+def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the scores of the held-out records, if there are any (all ranks)."""
+    if run.data.held_out is None:
+        return row
+    evaluation = evaluate(
+        run.model,
+        run.data.held_out,
+        run.ranks,
+        run.config.eval,
+        tokenizer=run.processor.tokenizer,
+        max_tokens=run.config.batch.max_tokens_per_pack,
+        on_progress=run.console.evaluation_progress(),
+    )
+    if run.ranks.is_main:
+        write_samples(run.config.run.output_dir / "samples", step, evaluation.samples)
+    run.console.evaluation(f"held-out captions after step {step}", evaluation)
+    return row | evaluation.scores
+
+
+def save(run: Run, step: int) -> None:
+    """A checkpoint of this step (all ranks; the main process writes, the others wait for it)."""
+    if run.ranks.is_main:
+        examples = min(step * run.config.batch.examples_per_step, step * len(run.data.train.examples))
+        state = TrainState(step=step, num_steps=run.num_steps, epoch=step / steps_per_epoch(run), examples=examples)
+        root = run.config.run.output_dir / "checkpoints"
+        save_checkpoint(root, run.model, run.optimizer, state, keep=run.config.checkpoint.keep)
+    run.ranks.wait()
+
+
+def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start) -> Run:
+    """Data, model and optimizer, from the cheapest check to the dearest; the output directory last (all ranks).
+
+    Raises:
+        UserError: anything that the settings name cannot be used.
+    """
+    if config.shapes is not None:
+        shapes = config.shapes
+        ranks.on_main(lambda: make_shapes(shapes))
+    model_dir = ranks.on_main(lambda: find_model(config.model))
+    processor = load_processor(model_dir)
+    data = load_data(config, processor, patch_shape(model_dir, processor))
+    model = load_model(config, model_dir, ranks.device)
+    optimizer = make_optimizer(model.lora_parameters.values(), config.optim)
+    state = load_checkpoint(start.checkpoint, model, optimizer) if start.checkpoint is not None else None
+    wrapped = ranks.accelerator.prepare_model(model)
+    num_steps = total_steps(
+        len(data.train.examples), config.batch.examples_per_step, config.optim.num_epochs, config.optim.max_steps
+    )
+    first_step = state.step if state is not None else 0
+    if ranks.is_main:
+        directory.begin(config, start)
+    ranks.wait()
+    record = Record(config.run.output_dir, is_main=ranks.is_main, keep_to_step=first_step, data=data.train)
+    return Run(
+        config=config,
+        ranks=ranks,
+        console=console,
+        processor=processor,
+        data=data,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        record=record,
+        first_step=first_step,
+        num_steps=num_steps,
+    )
+
+
+def run_once(config: Config, ending: Ending) -> Outcome:
+    """One run from its settings to its adapter (all ranks)."""
+    ranks = Ranks.start(cpu_threads=config.run.cpu_threads)
+    stop = StopRequest(config.run.output_dir, watch_file=ranks.is_main)
+    stop.listen()
+    console = RunConsole(is_main=ranks.is_main, num_shown=config.eval.num_shown)
+    start = ranks.on_main(lambda: directory.inspect(config))
+    console.start(start, config.run.output_dir)
+    if start.finished:
+        return Outcome(FINISHED, "was finished before", 0)
+    run = prepare(config, ranks, console, start)
+    console.prepared(run.config, run.data, run.model, num_steps=run.num_steps, first_step=run.first_step, ranks=ranks)
+    ending.step = run.first_step
+    with console, stop.deferred():
+        outcome = train(run, stop, ending)
+        if outcome.code == FINISHED and ranks.is_main:
+            scores = last_scores(config.run.output_dir)
+            export_adapter(
+                run.model.peft_model, run.processor, config, examples=run.data.train.examples, step=outcome.step, scores=scores
+            )
+    console.end(outcome.code == FINISHED, outcome.reason, config.run.output_dir)
+    ranks.close()
+    return outcome
+
+
+def main(words: list[str]) -> int:
+    """The command: settings from words, then one run; its exit code (all ranks)."""
+    if "--help" in words or "-h" in words:
+        sys.stdout.write(settings.help_text() + "\n")
+        return FINISHED
+    recipe = Path(words.pop(0)) if words and "=" not in words[0] else settings.DEFAULT_RECIPE
+    is_main = launched_rank() == 0
+    try:
+        config = settings.load(recipe, words)
+    except UserError as error:
+        if is_main:
+            sys.stderr.write(f"{error}\n")
+        return WRONG_INPUT
+    ending = Ending(config.run.output_dir, is_main=is_main)
+    with ending:
+        ending.outcome = run_once(config, ending)
+    return ending.outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,222 @@
+"""Images: from a path in a record to patches, with one pixel budget.
+
+The size rule is that of `qwen_vl_utils.smart_resize`, restated here so that lengths can be computed from an image's
+header alone, without torch. Pixels go through `qwen_vl_utils.fetch_image` itself where it is installed.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vl_dist.errors import UserError
+
+MIN_TOKENS_PER_IMAGE = 4  # qwen_vl_utils.vision_process.IMAGE_MIN_TOKEN_NUM
+MAX_TOKENS_PER_IMAGE = 16384  # qwen_vl_utils.vision_process.IMAGE_MAX_TOKEN_NUM
+MAX_ASPECT_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO
+EXIF_ORIENTATION = 0x0112
+EXIF_SIDEWAYS = (5, 6, 7, 8)
+
+
+class ImageError(ValueError):
+    """This image cannot be used; the message says why, without its path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchShape:
+    """How the model cuts images; from the processor's own files.
+
+    One language-model token stands for `merge_size` x `merge_size` patches of `patch_size` x `patch_size` pixels.
+    """
+
+    patch_size: int
+    merge_size: int
+
+    @property
+    def factor(self) -> int:
+        """Height and width are multiples of this, in pixels."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelBudget:
+    """How large images become: one fixed size, or bounds on their area in pixels."""
+
+    resized_height: int | None = None
+    resized_width: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Patches of one image: temporal, rows, columns."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of the vision tower."""
+        return self.t * self.h * self.w
+
+    def num_tokens(self, merge_size: int) -> int:
+        """Tokens of the language model."""
+        return self.num_patches // merge_size**2
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width as multiples of `factor`, with the area in bounds and the shape kept as well as that allows.
+
+    Source: `qwen_vl_utils.vision_process.smart_resize` (0.0.14), which a test compares over many sizes.
+
+    Raises:
+        ImageError: one side is more than 200 times the other.
+    """
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ImageError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+    rows = max(factor, round(height / factor) * factor)
+    columns = max(factor, round(width / factor) * factor)
+    if rows * columns > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        rows = math.floor(height / shrink / factor) * factor
+        columns = math.floor(width / shrink / factor) * factor
+    elif rows * columns < min_pixels:
+        enlarge = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * enlarge / factor) * factor
+        columns = math.ceil(width * enlarge / factor) * factor
+    return rows, columns
+
+
+def target_size(height: int, width: int, budget: PixelBudget, shape: PatchShape) -> tuple[int, int]:
+    """Height and width in pixels that an upright image of this size is resized to.
+
+    Raises:
+        ImageError: the size rule cannot be kept.
+    """
+    low, high = MIN_TOKENS_PER_IMAGE * shape.factor**2, MAX_TOKENS_PER_IMAGE * shape.factor**2
+    if budget.resized_height is not None and budget.resized_width is not None:
+        return smart_resize(budget.resized_height, budget.resized_width, shape.factor, low, high)
+    low = low if budget.min_pixels is None else budget.min_pixels
+    high = high if budget.max_pixels is None else budget.max_pixels
+    rows, columns = smart_resize(height, width, shape.factor, low, high)
+    if rows == 0 or columns == 0:
+        raise ImageError(f"{width}x{height} pixels is too narrow for data.max_pixels={high}")
+    return rows, columns
+
+
+def grid_of(height: int, width: int, budget: PixelBudget, shape: PatchShape) -> Grid:
+    """The patches of an upright image of this size under the budget.
+
+    Raises:
+        ImageError: the size rule cannot be kept.
+    """
+    rows, columns = target_size(height, width, budget, shape)
+    return Grid(1, rows // shape.patch_size, columns // shape.patch_size)
+
+
+def resolve_path(path: str, root: Path) -> Path:
+    """The file a record names.
+
+    Raises:
+        ImageError: a URL, a path that leaves the image root, or no file there.
+    """
+    if "://" in path:
+        raise ImageError("URLs are not fetched; download the image and give its path")
+    found = (root / path).resolve()
+    if not found.is_relative_to(root.resolve()):
+        raise ImageError(f"the path leads outside data.image_root ({root})")
+    if not found.is_file():
+        raise ImageError(f"there is no such file under data.image_root ({root})")
+    return found
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Upright height and width in pixels, from the header alone.
+
+    Raises:
+        ImageError: not an image that Pillow can open.
+    """
+    try:
+        with Image.open(path) as image:
+            sideways = image.getexif().get(EXIF_ORIENTATION) in EXIF_SIDEWAYS
+            width, height = image.size
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"cannot be read as an image ({error})") from None
+    return (width, height) if sideways else (height, width)
+
+
+def load_image(path: Path) -> Image.Image:
+    """The upright image, decoded.
+
+    Raises:
+        ImageError: cut short, damaged, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"cannot be decoded ({error})") from None
+
+
+def resize_image(image: Image.Image, budget: PixelBudget, shape: PatchShape) -> Image.Image:
+    """The image as RGB in its target size, pixel for pixel what `qwen_vl_utils.fetch_image` gives.
+
+    Raises:
+        ImageError: the size rule cannot be kept.
+    """
+    rows, columns = target_size(image.height, image.width, budget, shape)
+    fetch = _qwen_fetch_image()
+    if fetch is None:
+        return _to_rgb(image).resize((columns, rows), Image.Resampling.BICUBIC)
+    resized: Image.Image = fetch(
+        {"image": image, "resized_height": rows, "resized_width": columns}, image_patch_size=shape.patch_size
+    )
+    return resized
+
+
+def patches_of(image: Image.Image, budget: PixelBudget, shape: PatchShape, image_processor: Any) -> tuple[Any, Grid]:
+    """Normalised patches of one upright image, and their grid.
+
+    Returns:
+        pixels: float32 tensor [P, C * temporal * patch * patch], rows in the model's merge order.
+        grid: P = grid.num_patches.
+
+    Raises:
+        ImageError: the size rule cannot be kept.
+    """
+    resized = resize_image(image, budget, shape)
+    expected = Grid(1, resized.height // shape.patch_size, resized.width // shape.patch_size)
+    # do_resize=False: the budget was applied above, and must not be applied again with the processor's own bounds.
+    made = image_processor(images=[resized], do_resize=False, return_tensors="pt")
+    grid = Grid(*made["image_grid_thw"][0].tolist())
+    assert grid == expected, f"the processor cut {grid}, the budget says {expected}"
+    return made["pixel_values"], grid
+
+
+def to_user_error(error: ImageError, path: str, example_id: str) -> UserError:
+    """An image's fault as a message that names the image and the record."""
+    return UserError(f"Example {example_id}: image {path}: {error}. Mend or remove the record.")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGBA":
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+@functools.cache
+def _qwen_fetch_image() -> Callable[..., Image.Image] | None:
+    try:
+        from qwen_vl_utils.vision_process import fetch_image
+    except ImportError:  # some GPU images lack it; _to_rgb and bicubic are the same operations
+        return None
+    return fetch_image  # type: ignore[no-any-return]

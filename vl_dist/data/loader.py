@@ -1,0 +1,118 @@
+"""The loader: one rank's packs, in plan order, built by worker processes.
+
+Workers get lists of indices and return `Batch`es. They draw nothing at random and the order is the plan's, so any number of
+workers gives the same packs.
+"""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vl_dist.data.collate import Batch, Collator
+from vl_dist.data.lengths import Lengths
+from vl_dist.data.plan import Assignment, Step, assign
+from vl_dist.data.records import Example
+from vl_dist.errors import UserError
+
+Pack = tuple[int, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedData:
+    """Examples with their sizes, and what turns them into tensors."""
+
+    examples: Sequence[Example]
+    lengths: Lengths
+    collator: Collator
+
+
+@dataclass(frozen=True, slots=True)
+class StepPacks:
+    """One rank's share of a step."""
+
+    step: Step
+    packs: tuple[Batch, ...]
+
+
+class _Packs(Dataset["Batch | UserError"]):
+    def __init__(self, examples: Sequence[Example], collator: Collator) -> None:
+        self._examples = examples
+        self._collator = collator
+
+    def __getitem__(self, pack: Pack) -> Batch | UserError:
+        # An error goes back as a value: torch would wrap an exception in the worker's traceback.
+        try:
+            return self._collator.pack([self._examples[n] for n in pack])
+        except UserError as error:
+            return error
+
+
+class _PlanOrder(Sampler[Pack]):
+    def __init__(self, assignments: Iterator[Assignment], rank: int) -> None:
+        self._assignments = assignments
+        self._rank = rank
+
+    def __iter__(self) -> Iterator[Pack]:
+        return (pack for assignment in self._assignments for pack in assignment.packs[self._rank])
+
+
+def load_steps(
+    steps: Iterable[Step],
+    data: LoadedData,
+    *,
+    rank: int,
+    world_size: int,
+    max_tokens: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[StepPacks]:
+    """One rank's packs of these steps, step by step.
+
+    Args:
+        steps: what is left of the plan; drawn only as far ahead as the workers are.
+        max_tokens: most tokens in a pack.
+        num_workers: processes; 0 builds packs in this one.
+        pin_memory: for faster copies to a CUDA device.
+
+    Raises:
+        UserError: an image cannot be used; the message names the example.
+    """
+    planned = ((step, assign(step, data.lengths, world_size=world_size, max_tokens=max_tokens)) for step in steps)
+    ahead, here = itertools.tee(planned)
+    loader = DataLoader(
+        _Packs(data.examples, data.collator),
+        sampler=_PlanOrder((assignment for _, assignment in ahead), rank),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # of its own: torch's default one belongs to dropout
+    )
+    packs = iter(loader)
+    for step, assignment in here:
+        yield StepPacks(step, tuple(_raise_error(next(packs)) for _ in range(assignment.num_packs_per_rank)))
+
+
+def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Each item with the seconds that waiting for it took."""
+    started = time.perf_counter()
+    for item in items:
+        yield item, time.perf_counter() - started
+        started = time.perf_counter()
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)  # workers share the cores with the training process
+
+
+def _raise_error(loaded: Batch | UserError) -> Batch:
+    if isinstance(loaded, UserError):
+        raise loaded
+    return loaded

@@ -1,0 +1,278 @@
+"""Records: what a line of input says, before any token or pixel.
+
+Two formats are read: `records.jsonl` (one object a line: id, messages, optionally answers) and the tutorial's
+`data_vl.json` (a list of two-turn conversations, the image path between vision marks). Both become `Record`s, and every
+answer of a record becomes an `Example`: the unit that steps, speeds and the ledger count.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vl_dist.errors import UserError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Text as the author wrote it. Never parsed for special tokens."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """An image by its path: relative to the image root, or absolute and under it."""
+
+    path: str
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The turn's text parts, joined."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of input: a conversation whose last answer may come in several versions."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answers: tuple[str, ...]
+    single: bool  # the answer stood in the messages; then the example's id is the record's
+
+    @property
+    def image_paths(self) -> tuple[str, ...]:
+        """Paths of all images, in the order they appear."""
+        return tuple(part.path for message in self.prompt for part in message.parts if isinstance(part, ImagePart))
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt with one answer."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answer: str
+
+    @property
+    def image_paths(self) -> tuple[str, ...]:
+        """Paths of all images, in the order they appear."""
+        return tuple(part.path for message in self.prompt for part in message.parts if isinstance(part, ImagePart))
+
+
+def examples_of(records: Iterable[Record]) -> list[Example]:
+    """Every answer of every record, in order. The k-th of several answers has the id `record#k`."""
+    return [
+        Example(record.id if record.single else f"{record.id}#{k}", record.prompt, answer)
+        for record in records
+        for k, answer in enumerate(record.answers)
+    ]
+
+
+def read_records(path: Path, *, default_prompt: str) -> list[Record]:
+    """All records of a file, in its order.
+
+    Args:
+        path: `*.json` is read as the tutorial's `data_vl.json`, everything else as one JSON object a line.
+        default_prompt: prompt after the image for `data_vl.json`, whose own text is not used (as in the tutorial).
+
+    Raises:
+        UserError: no such file, no record in it, a line that is not a record (named by number), or an id used twice.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no record file {path}. Set data.train (or data.eval) to an existing file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from None
+    parse = _read_tutorial(text, path, default_prompt) if path.suffix == ".json" else _read_lines(text, path)
+    records: list[Record] = []
+    places: dict[str, str] = {}
+    for place, record in parse:
+        if record.id in places:
+            raise UserError(f"{path}: the id {record.id!r} of {place} was used before, in {places[record.id]}.")
+        places[record.id] = place
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} holds no record. Each line must be one JSON object with id and messages.")
+    return records
+
+
+def _read_lines(text: str, path: Path) -> Iterator[tuple[str, Record]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        try:
+            yield place, parse_record(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, {place}: not valid JSON ({error.msg}, column {error.colno}).") from None
+        except UserError as error:
+            raise UserError(f"{path}, {place}: {error}") from None
+
+
+def _read_tutorial(text: str, path: Path, prompt: str) -> Iterator[tuple[str, Record]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path} must be a list of conversations; files of one object a line must end in .jsonl.")
+    for number, row in enumerate(rows, start=1):
+        place = f"conversation {number}"
+        try:
+            yield place, parse_tutorial(row, prompt)
+        except UserError as error:
+            raise UserError(f"{path}, {place}: {error}") from None
+
+
+def parse_record(row: Any) -> Record:
+    """One object of `records.jsonl`.
+
+    Raises:
+        UserError: a field is missing or of the wrong kind; the message names the field and the rule.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"a record must be a JSON object, got {type(row).__name__}.")
+    unknown = row.keys() - {"id", "messages", "answers"}
+    if unknown:
+        raise UserError(f"unknown field {sorted(unknown)[0]!r}; a record has id, messages and optionally answers.")
+    if not isinstance(row.get("id"), str) or not row["id"]:
+        raise UserError(f"id must be a text that is not empty, got {row.get('id')!r}.")
+    if not isinstance(row.get("messages"), list) or not row["messages"]:
+        raise UserError("messages must be a list with at least one message.")
+    messages = parse_messages(row["messages"])
+    if "answers" in row:
+        answers = row["answers"]
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise UserError("answers must be a list with at least one text.")
+        if messages[-1].role == "assistant":
+            raise UserError("answers stand instead of the last assistant message; leave one of the two out.")
+        return Record(row["id"], messages, tuple(answers), single=False)
+    if messages[-1].role != "assistant":
+        raise UserError("the last message must be the assistant's, or the record must have answers.")
+    if any(isinstance(part, ImagePart) for part in messages[-1].parts):
+        raise UserError("the last assistant message must be text.")
+    return Record(row["id"], messages[:-1], (messages[-1].text,), single=True)
+
+
+def _parse_message(message: Any, number: int) -> Message:
+    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+        raise UserError(f"message {number} must be an object whose role is system, user or assistant.")
+    content = message.get("content")
+    if isinstance(content, str):
+        return Message(message["role"], (TextPart(content),))
+    if not isinstance(content, list) or not content:
+        raise UserError(f"message {number}: content must be a text or a list of parts.")
+    return Message(message["role"], tuple(_parse_part(part, number) for part in content))
+
+
+def _parse_part(part: Any, number: int) -> Part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return TextPart(part["text"])
+    if kind == "image" and isinstance(part.get("image"), str) and part["image"]:
+        return ImagePart(part["image"])
+    raise UserError(
+        f'message {number}: a part is {{"type": "text", "text": "..."}} or {{"type": "image", "image": "path"}}, '
+        f"got {json.dumps(part, ensure_ascii=False)[:80]}."
+    )
+
+
+def parse_tutorial(row: Any, prompt: str) -> Record:
+    """One conversation of the tutorial's `data_vl.json`: image first, then `prompt`; the text around the path is unused.
+
+    Raises:
+        UserError: not a user turn with exactly one marked image path followed by an assistant turn.
+    """
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if (
+        not isinstance(turns, list)
+        or len(turns) != 2
+        or not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
+        or [turn.get("from") for turn in turns] != ["user", "assistant"]
+    ):
+        raise UserError("conversations must be a user turn and an assistant turn, each with a value.")
+    if not isinstance(row.get("id"), str):
+        raise UserError(f"id must be a text, got {row.get('id')!r}.")
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    question = turns[0]["value"]
+    if question.count(start) != 1 or question.count(end) != 1 or question.index(start) > question.index(end):
+        raise UserError(f"the user turn must hold one image path between {start} and {end}, got {question[:80]!r}.")
+    path = question.split(start)[1].split(end)[0]
+    message = Message("user", (ImagePart(path), TextPart(prompt)))
+    return Record(row["id"], (message,), (turns[1]["value"],), single=True)
+
+
+def split_held_out(records: list[Record], count: int) -> tuple[list[Record], list[Record]]:
+    """Training records, and the last `count` of them held out.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    if count >= len(records):
+        raise UserError(
+            f"data.eval is last:{count}, but there are only {len(records)} records. Hold out fewer, or give more."
+        )
+    return records[:-count], records[-count:]
+
+
+def usual_prompt(examples: Iterable[Example]) -> tuple[Message, ...]:
+    """The conversation before the answer that most examples share, whatever their images; `predict` asks it again."""
+    kinds = Counter(with_images(example.prompt, ["IMAGE"] * len(example.image_paths)) for example in examples)
+    return kinds.most_common(1)[0][0]
+
+
+def with_images(prompt: Sequence[Message], paths: Sequence[str]) -> tuple[Message, ...]:
+    """The same conversation about other images.
+
+    Raises:
+        UserError: it shows another number of images.
+    """
+    places = sum(isinstance(part, ImagePart) for message in prompt for part in message.parts)
+    if places != len(paths):
+        raise UserError(f"The prompt shows {places} images, got {len(paths)}.")
+    remaining = iter(paths)
+    return tuple(
+        Message(m.role, tuple(ImagePart(next(remaining)) if isinstance(p, ImagePart) else p for p in m.parts))
+        for m in prompt
+    )
+
+
+def messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as `records.jsonl` writes them; `parse_messages` reads them back."""
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "image", "image": part.path} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+                for part in message.parts
+            ],
+        }
+        for message in messages
+    ]
+
+
+def parse_messages(rows: Iterable[Any]) -> tuple[Message, ...]:
+    """Messages of a record.
+
+    Raises:
+        UserError: a message is not as `records.jsonl` has it.
+    """
+    return tuple(_parse_message(row, number) for number, row in enumerate(rows, start=1))

@@ -1,0 +1,76 @@
+"""Greedy captions: left-padded batches of prompts of similar length, with the KV cache."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from vl_dist.data.collate import Collator
+from vl_dist.data.encode import Encoded
+from vl_dist.data.records import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to answer: a conversation up to the assistant's turn, with the paths of its images."""
+
+    id: str
+    messages: tuple[Message, ...]
+    image_paths: tuple[str, ...]
+
+
+def generate(
+    base: Any, collator: Collator, prompts: Sequence[Prompt], *, batch_size: int, max_new_tokens: int, pad_id: int
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Answers batch by batch, as they come: (index of the prompt, new token ids without the end token).
+
+    Args:
+        base: Qwen2-VL with the adapter's layers in it, in evaluation mode.
+        prompts: in any order; batches are made of neighbours in length.
+        max_new_tokens: longest answer.
+        pad_id: what shorter prompts are padded with on the left.
+
+    Raises:
+        UserError: an image cannot be used.
+    """
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(collator.encoder.stop_ids), pad_token_id=pad_id
+    )
+    for start in range(0, len(prompts), batch_size):
+        chosen = range(start, min(start + batch_size, len(prompts)))
+        made = [collator.prompt(prompts[n].messages, prompts[n].image_paths, prompts[n].id) for n in chosen]
+        inputs = _left_padded([encoded for encoded, _ in made], [pixels for _, pixels in made], pad_id)
+        with torch.no_grad():
+            output = base.generate(
+                **{name: tensor.to(base.device) for name, tensor in inputs.items()}, generation_config=settings
+            )
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        yield [(n, _until_end(ids, collator.encoder.stop_ids)) for n, ids in zip(chosen, new, strict=True)]
+
+
+def _left_padded(encoded: Sequence[Encoded], pixels: Sequence[torch.Tensor], pad_id: int) -> dict[str, torch.Tensor]:
+    """Inputs of `generate`: B prompts padded to the longest, T; P patches and I images of all, in order."""
+    longest = max(item.num_tokens for item in encoded)
+
+    def pad(rows: list[np.ndarray[Any, Any]], value: int) -> torch.Tensor:
+        padded = [np.pad(row.astype(np.int64), (longest - len(row), 0), constant_values=value) for row in rows]
+        return torch.from_numpy(np.stack(padded))
+
+    inputs = {
+        "input_ids": pad([item.input_ids for item in encoded], pad_id),
+        "attention_mask": pad([np.ones(item.num_tokens) for item in encoded], 0),
+        "mm_token_type_ids": pad([item.is_image for item in encoded], 0),
+    }
+    grids = [(grid.t, grid.h, grid.w) for item in encoded for grid in item.grids]
+    if grids:
+        inputs["pixel_values"] = torch.cat(list(pixels))
+        inputs["image_grid_thw"] = torch.tensor(grids)
+    return inputs
+
+
+def _until_end(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    end = next((n for n, token_id in enumerate(ids) if token_id in stop_ids), len(ids))
+    return ids[:end]

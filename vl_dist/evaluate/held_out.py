@@ -1,0 +1,135 @@
+"""Evaluation on held-out records: loss over their targets, and captions with scores, each example exactly once."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vl_dist.config import EvalConfig
+from vl_dist.data.loader import LoadedData, load_steps
+from vl_dist.data.plan import plan_epoch
+from vl_dist.data.records import Example, Message
+from vl_dist.evaluate.decode import Prompt, generate
+from vl_dist.evaluate.scores import exact_match
+from vl_dist.model.packed import PackedModel
+from vl_dist.run.distributed import Ranks, evaluating
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt with all its accepted answers, whichever records they came from."""
+
+    prompt: Prompt
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prediction, as `samples/` keeps it."""
+
+    id: str
+    images: tuple[str, ...]
+    references: tuple[str, ...]
+    prediction: str
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores by their column of metrics.jsonl, and every sample."""
+
+    scores: dict[str, float]
+    samples: tuple[Sample, ...]
+
+
+def group_questions(examples: Sequence[Example]) -> list[Question]:
+    """Examples of the same images and prompt as one question; its id is the first example's without `#k`."""
+    groups: dict[tuple[Message, ...], list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.prompt, []).append(example)
+    return [
+        Question(
+            Prompt(group[0].id.split("#")[0], prompt, group[0].image_paths),
+            tuple(dict.fromkeys(example.answer for example in group)),
+        )
+        for prompt, group in groups.items()
+    ]
+
+
+def evaluate(
+    model: PackedModel,
+    data: LoadedData,
+    ranks: Ranks,
+    settings: EvalConfig,
+    *,
+    tokenizer: Any,
+    max_tokens: int,
+    on_progress: Callable[[int, int], None],
+) -> Evaluation:
+    """Loss and captions over all held-out examples (all ranks).
+
+    Args:
+        model: not the data-parallel wrapper, whose forward may synchronise.
+        max_tokens: most tokens in a pack, for the loss.
+        on_progress: called with questions answered by this rank, and this rank's number of questions.
+    """
+    questions = group_questions(data.examples)
+    with evaluating(model):
+        loss = _mean_loss(model, data, ranks, max_tokens=max_tokens)
+        mine = questions[ranks.rank :: ranks.world_size]
+        answers = _answer(model, data, mine, settings, tokenizer, on_progress)
+    numbered = [(ranks.rank + n * ranks.world_size, text) for n, text in answers]
+    predictions = [text for _, text in sorted(ranks.gather(numbered))]
+    references = [question.references for question in questions]
+    samples = tuple(
+        Sample(q.prompt.id, q.prompt.image_paths, q.references, text, text in q.references)
+        for q, text in zip(questions, predictions, strict=True)
+    )
+    return Evaluation({"eval/loss": loss, "eval/exact_match": exact_match(predictions, references)}, samples)
+
+
+def write_samples(directory: Path, step: int, samples: Sequence[Sample]) -> None:
+    """All samples of one evaluation, one JSON object a line. Main process only."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
+    (directory / f"step-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _mean_loss(model: PackedModel, data: LoadedData, ranks: Ranks, *, max_tokens: int) -> float:
+    """Cross entropy per target (all ranks)."""
+    steps = plan_epoch(len(data.examples), 64, seed=0, epoch=0, shuffle=False)
+    loaded = load_steps(steps, data, rank=ranks.rank, world_size=ranks.world_size, max_tokens=max_tokens)
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for step in loaded:
+        for pack in step.packs:
+            sums[0] += model(pack.to(ranks.device)).double()
+            sums[1] += pack.num_targets
+    loss, targets = ranks.sum(sums).tolist()
+    return float(loss / max(1.0, targets))
+
+
+def _answer(
+    model: PackedModel,
+    data: LoadedData,
+    questions: Sequence[Question],
+    settings: EvalConfig,
+    tokenizer: Any,
+    on_progress: Callable[[int, int], None],
+) -> list[tuple[int, str]]:
+    batches = generate(
+        model.peft_model.get_base_model(),
+        data.collator,
+        [question.prompt for question in questions],
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        pad_id=tokenizer.pad_token_id,
+    )
+    answers: list[tuple[int, str]] = []
+    on_progress(0, len(questions))
+    for batch in batches:
+        answers += [(n, tokenizer.decode(ids, skip_special_tokens=True)) for n, ids in batch]
+        on_progress(len(answers), len(questions))
+    return answers

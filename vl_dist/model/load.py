@@ -1,0 +1,203 @@
+"""The base model from its files, and LoRA on top of it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalGeneration
+
+from vl_dist.config import LoraSettings, ModelConfig
+from vl_dist.data.images import PatchShape
+from vl_dist.errors import UserError
+from vl_dist.model.attention import Backend
+
+
+def resolve_dtype(
+    setting: Literal["auto", "float32", "bfloat16"], device_type: str, *, bf16_supported: bool
+) -> torch.dtype:
+    """The precision of the base weights.
+
+    Raises:
+        UserError: bfloat16 on a CUDA device that does not have it.
+    """
+    wanted = setting if setting != "auto" else "bfloat16" if device_type == "cuda" else "float32"
+    if wanted == "bfloat16" and device_type == "cuda" and not bf16_supported:
+        raise UserError(
+            "This GPU has no bfloat16 (compute capability 8.0 or newer has). Set model.dtype=float32: the base model "
+            "then takes twice the memory, so lower batch.max_tokens_per_pack if it does not fit."
+        )
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def find_model(model: ModelConfig) -> Path:
+    """The directory with the model's files, fetched from the hub if that is where it comes from.
+
+    Raises:
+        UserError: no such directory, or the hub did not give the files.
+    """
+    if model.hub == "local":
+        directory = Path(model.path)
+        if not (directory / "config.json").is_file():
+            raise UserError(
+                f"model.path is {model.path}, but {directory / 'config.json'} does not exist. Give the directory of a "
+                "downloaded model, or set model.hub=modelscope or model.hub=huggingface to fetch it."
+            )
+        return directory
+    if model.hub == "huggingface":
+        return _from_huggingface(model)
+    return _from_modelscope(model)
+
+
+def _from_huggingface(model: ModelConfig) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise _not_fetched(model, error) from None
+
+
+def _from_modelscope(model: ModelConfig) -> Path:
+    from modelscope import snapshot_download
+    from modelscope.hub.errors import HTTPError, InvalidParameter, NotExistError, RequestError
+
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision))
+    except (OSError, ValueError, HTTPError, InvalidParameter, NotExistError, RequestError) as error:
+        raise _not_fetched(model, error) from None
+
+
+def _not_fetched(model: ModelConfig, error: Exception) -> UserError:
+    revision = f" at revision {model.revision}" if model.revision else ""
+    return UserError(
+        f"{model.path}{revision} could not be fetched from {model.hub} ({type(error).__name__}: {error}). Check the name, "
+        "the revision and the network, or download the model elsewhere and set model.hub=local model.path=DIRECTORY."
+    )
+
+
+def load_processor(directory: Path) -> Any:
+    """Tokenizer, image processor and chat template of a model directory.
+
+    Raises:
+        UserError: a file is missing, or these are not Qwen2-VL's.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The processor files in {directory} cannot be loaded: {error}") from None
+    if not hasattr(processor, "image_processor") or not getattr(processor, "chat_template", None):
+        raise UserError(f"{directory} has no image processor or no chat template; give a Qwen2-VL model directory.")
+    return processor
+
+
+def patch_shape(directory: Path, processor: Any) -> PatchShape:
+    """How images are cut, after making sure that model and processor agree on it.
+
+    Raises:
+        UserError: they do not, so that image tokens and image features could never match in number.
+    """
+    settings = json.loads((directory / "config.json").read_text())
+    vision = settings.get("vision_config")
+    if settings.get("model_type") != "qwen2_vl" or vision is None:
+        raise UserError(f"{directory} holds a {settings.get('model_type')!r} model; only qwen2_vl is supported.")
+    images = processor.image_processor
+    model_side = (vision.get("patch_size", 14), vision.get("spatial_merge_size", 2), vision.get("temporal_patch_size", 2))
+    processor_side = (images.patch_size, images.merge_size, images.temporal_patch_size)
+    if model_side != processor_side:
+        raise UserError(
+            f"{directory}: config.json cuts images by (patch, merge, temporal) {model_side}, but the processor by "
+            f"{processor_side}: image tokens and features cannot match. Take both files from the same model."
+        )
+    return PatchShape(patch_size=images.patch_size, merge_size=images.merge_size)
+
+
+def load_base(directory: Path, dtype: torch.dtype, backend: Backend) -> Qwen2VLForConditionalGeneration:
+    """The frozen base model on the CPU.
+
+    Raises:
+        UserError: the weights are missing or of another model.
+    """
+    try:
+        base = Qwen2VLForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, attn_implementation={"text_config": backend, "vision_config": "sdpa"}
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"The model in {directory} cannot be loaded: {error}") from None
+    base.generation_config = GenerationConfig()  # captions are greedy; the model's own file may ask for sampling
+    base.requires_grad_(False)
+    return base
+
+
+def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, seed: int) -> PeftModel:
+    """The base with trainable LoRA layers, in float32 whatever the base has.
+
+    Raises:
+        UserError: a target matches no layer, or `lora.init_from` does not fit.
+    """
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    settings = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        target_modules=list(lora.target_modules),
+        r=lora.r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        bias="none",
+    )
+    linear_names = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    unmatched = [name for name in lora.target_modules if name.rsplit(".", 1)[-1] not in linear_names]
+    if unmatched:
+        raise UserError(
+            f"lora.target_modules names {unmatched[0]!r}, which no linear layer of this model is called. "
+            f"There are: {', '.join(sorted(linear_names))}."
+        )
+    torch.manual_seed(seed)
+    model = get_peft_model(base, settings)
+    assert isinstance(model, PeftModel)
+    if lora.init_from is not None:
+        load_adapter_weights(model, lora.init_from)
+    return model
+
+
+def load_adapter_weights(model: PeftModel, directory: Path) -> None:
+    """Overwrites the adapter's weights with those of a PEFT directory; every key must be there and no other.
+
+    Raises:
+        UserError: no adapter there, or its keys or shapes are not this adapter's.
+    """
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise UserError(f"{directory} holds no adapter_model.safetensors. Give a directory that PEFT saved.")
+    weights = load_peft_weights(str(directory), device="cpu")
+    expected = adapter_state(model)
+    strange = sorted(weights.keys() - expected.keys()) or sorted(expected.keys() - weights.keys())
+    if strange:
+        raise UserError(
+            f"The adapter in {directory} has other layers than lora.target_modules asks for, first {strange[0]!r}."
+        )
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise UserError(
+                f"The adapter in {directory} has {name} of shape {tuple(weights[name].shape)}, here it is "
+                f"{tuple(tensor.shape)}. Set lora.r to the adapter's rank."
+            )
+    set_peft_model_state_dict(model, weights)
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's weights under the names PEFT gives them in its files."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A base model with its adapter, and where the files came from."""
+
+    peft_model: PeftModel
+    directory: Path

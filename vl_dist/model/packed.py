@@ -1,0 +1,99 @@
+"""The module that training wraps: one pack in, one summed loss out.
+
+It calls the parts of Qwen2-VL one after the other instead of the whole forward, which keeps the frozen tower out of
+autograd, needs no search for image tokens, and makes logits for target rows only.
+
+Legend: T tokens, N targets, V image tokens, P patches, H hidden size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional
+
+from vl_dist.data.collate import Batch
+from vl_dist.errors import UserError
+from vl_dist.model.attention import Backend, attention_mask
+
+
+class PackedModel(nn.Module):
+    """A PEFT-wrapped Qwen2-VL that takes packs."""
+
+    def __init__(self, peft_model: PeftModel, backend: Backend) -> None:
+        super().__init__()
+        self.peft_model = peft_model
+        self._backend = backend
+        self._tower_trains = any(p.requires_grad for p in self._base.model.visual.parameters())
+
+    @property
+    def _base(self) -> Any:
+        return self.peft_model.get_base_model()
+
+    @property
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by their name in the PEFT model."""
+        return {name: p for name, p in self.peft_model.named_parameters() if p.requires_grad}
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Precision of the frozen weights."""
+        dtype: torch.dtype = self._base.lm_head.weight.dtype
+        return dtype
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Cross entropy summed over the pack's targets: a float32 scalar; 0 with gradient 0 if there is none."""
+        logits = self.target_logits(batch).float()
+        return functional.cross_entropy(logits, batch.target_ids, reduction="sum")
+
+    def target_logits(self, batch: Batch) -> torch.Tensor:
+        """[N, vocabulary]: the scores that predict each target."""
+        hidden = self.hidden_states(batch).index_select(0, batch.target_rows)
+        logits: torch.Tensor = self._base.lm_head(hidden)
+        return logits
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """[T, H]: the language model's last hidden states."""
+        language_model = self._base.model.language_model
+        embeddings = language_model.embed_tokens(batch.input_ids)
+        if batch.num_images:
+            features = self.image_features(batch.pixel_values, batch.image_grids)
+            embeddings = embeddings.index_copy(0, batch.image_rows, features.to(embeddings.dtype))
+        mask = attention_mask(batch.document_ids, self._backend, embeddings.dtype)
+        output = language_model(
+            inputs_embeds=embeddings[None],
+            attention_mask={"full_attention": mask},
+            position_ids=batch.positions[:, None],
+            use_cache=False,
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def image_features(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
+        """[V, H] from [P, C] patches; without a graph as long as no part of the tower trains."""
+        tower = self._base.model.visual
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_trains):
+            output = tower(pixel_values.to(tower.dtype), grid_thw=image_grids)
+        features: torch.Tensor = output.pooler_output
+        return features
+
+
+@contextlib.contextmanager
+def out_of_memory_named(pack: Batch) -> Iterator[None]:
+    """Says which pack did not fit and what to lower, instead of torch's traceback.
+
+    Raises:
+        UserError: the device ran out of memory inside.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"The device ran out of memory in a pack of {pack.num_tokens} tokens and {pack.num_patches} patches: "
+            f"{first_line} Lower batch.max_tokens_per_pack (the same examples then make more, smaller packs) or "
+            "data.max_pixels."
+        ) from None

@@ -1,0 +1,133 @@
+"""What a person sees: a progress display on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from vl_dist.config import Config
+from vl_dist.evaluate.held_out import Evaluation, group_questions
+from vl_dist.model.packed import PackedModel
+from vl_dist.run.build import RunData
+from vl_dist.run.directory import Start, describe_changes
+from vl_dist.run.distributed import Ranks
+from vl_dist.run.metrics import last_scores
+
+
+class RunConsole:
+    """The display of one run; a context manager around the loop."""
+
+    def __init__(self, *, is_main: bool, num_shown: int) -> None:
+        """
+        Args:
+            is_main: others stay silent.
+            num_shown: held-out captions printed at each evaluation.
+        """
+        self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._num_shown = num_shown
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (is_main and self._console.is_terminal),
+        )
+        self._train_task: TaskID | None = None
+
+    def __enter__(self) -> "RunConsole":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """One message; its text is never read as markup."""
+        self._console.print(escape(text))
+
+    def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Names and values in a frame."""
+        width = max(len(name) for name, _ in rows)
+        self._console.print(
+            Panel("\n".join(f"{escape(name):<{width}}  {escape(value)}" for name, value in rows), title=title, expand=False)
+        )
+
+    def start(self, start: Start, output_dir: Path) -> None:
+        """What was found in the output directory."""
+        if start.changed:
+            self.say(f"Settings changed since the last start:\n{describe_changes(start.changed)}")
+        for skipped in start.skipped:
+            self.say(f"Checkpoint {skipped.path.name} is not used: {skipped.reason}.")
+        if start.finished:
+            scores = "  ".join(f"{name} {value:.4f}" for name, value in last_scores(output_dir).items())
+            self.say(f"The run in {output_dir} is finished. {scores}\nIts adapter: {output_dir / 'adapter'}")
+            self.say("To train anew, give another run.output_dir, or set run.resume=never to replace it.")
+        elif start.checkpoint is not None:
+            self.say(f"Going on from {start.checkpoint}.")
+
+    def prepared(
+        self, config: Config, data: RunData, model: PackedModel, *, num_steps: int, first_step: int, ranks: Ranks
+    ) -> None:
+        """What is about to be trained."""
+        lora = sum(p.numel() for p in model.lora_parameters.values())
+        total = sum(p.numel() for p in model.parameters())
+        held_out = len(group_questions(data.held_out.examples)) if data.held_out is not None else 0
+        rows = [
+            ("model", f"{config.model.path}, {total - lora:,} frozen parameters in {model.base_dtype}"),
+            ("adapter", f"{lora:,} parameters: rank {config.lora.r} on {', '.join(config.lora.target_modules)}"),
+            ("data", f"{len(data.train.examples):,} examples to train on, {held_out:,} prompts held out"),
+            ("plan", f"{num_steps:,} steps of {config.batch.examples_per_step} examples, from step {first_step}"),
+            ("devices", f"{ranks.world_size} x {ranks.device.type}"),
+            ("output", str(config.run.output_dir)),
+        ]
+        self.panel("vl_dist", rows)
+
+    def end(self, finished: bool, reason: str, output_dir: Path) -> None:
+        """How it ended, and the next command to type."""
+        if not finished:
+            self.say(f"Not finished: {reason}.")
+            return
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in last_scores(output_dir).items())
+        adapter = output_dir / "adapter"
+        self.panel("finished", [("scores", scores), ("adapter", str(adapter)), ("next", f"python -m vl_dist predict {adapter} IMAGE")])
+
+    def train_step(self, done: int, num_steps: int) -> None:
+        """Moves the bar; costs nothing on the device."""
+        if self._train_task is None:
+            self._train_task = self._progress.add_task("training", total=num_steps, numbers="")
+        self._progress.update(self._train_task, completed=done)
+
+    def row(self, row: dict[str, float | None], num_steps: int) -> None:
+        """One logging step: beside the bar on a terminal, a line of its own elsewhere."""
+        loss, lr, speed = row["train/loss"], row["train/lr"], row["perf/examples_per_s"]
+        numbers = f"loss {loss:.4f}  lr {lr:.2e}  {speed:.1f} examples/s"
+        if self._progress.disable:
+            self.say(f"step {row['step']}/{num_steps}  epoch {row['epoch']:.2f}  {numbers}")
+        elif self._train_task is not None:
+            self._progress.update(self._train_task, numbers=numbers)
+
+    def evaluation_progress(self) -> Callable[[int, int], None]:
+        """A nested bar for one evaluation: call it with questions done and in all."""
+        task = self._progress.add_task("captioning", total=None, numbers="")
+
+        def update(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total)
+            if done == total:
+                self._progress.remove_task(task)
+
+        return update
+
+    def evaluation(self, title: str, evaluation: Evaluation) -> None:
+        """Scores and some captions."""
+        scores = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in evaluation.scores.items())
+        self.say(f"{title}: {scores}")
+        for sample in evaluation.samples[: self._num_shown]:
+            self.say(f"  {'=' if sample.exact else 'x'} {sample.prediction!r}\n    of {sample.references[0]!r}")

@@ -1,0 +1,89 @@
+"""The output directory: what is in it already, and what a new start does with that."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from vl_dist.config import Change, Config, changes, dump, load
+from vl_dist.errors import UserError
+from vl_dist.run.checkpoint import Skipped, find_checkpoint
+from vl_dist.run.interrupt import STOP_FILE
+
+CONFIG = "config.yaml"
+OUTCOME = "outcome.json"
+METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
+METADATA = "training_metadata.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """How a run begins in its output directory."""
+
+    finished: bool = False
+    checkpoint: Path | None = None  # go on from here; None: from step 0
+    changed: tuple[Change, ...] = ()  # against the run that is there
+    skipped: tuple[Skipped, ...] = ()  # damaged checkpoints newer than `checkpoint`
+
+
+def inspect(config: Config) -> Start:
+    """Decides how the run begins. Changes nothing on disk.
+
+    Raises:
+        UserError: the directory holds something else, or a run with other settings.
+    """
+    directory = config.run.output_dir
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"run.output_dir is {directory}, which is a file. Give a new or an empty directory.")
+    there = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if CONFIG not in there:
+        strange = sorted(there - {OUTCOME, STOP_FILE})
+        if strange:
+            raise UserError(
+                f"run.output_dir {directory} holds {strange[0]!r} and no {CONFIG}: it is not a run's. "
+                "Give a new or an empty directory."
+            )
+        return Start()
+    changed = tuple(changes(load(directory / CONFIG), config))
+    trains = [change for change in changed if change.trains]
+    if trains and _has_progress(directory) and not config.run.allow_changes:
+        raise UserError(_refusal(directory, trains))
+    finished = (directory / "adapter" / METADATA).is_file()
+    if config.run.resume == "never":
+        return Start(changed=changed)
+    if finished and not trains:
+        return Start(finished=True, changed=changed)
+    if config.run.resume != "auto":
+        return Start(checkpoint=Path(config.run.resume), changed=changed)
+    checkpoint, skipped = find_checkpoint(directory / "checkpoints")
+    return Start(checkpoint=checkpoint, changed=changed, skipped=tuple(skipped))
+
+
+def begin(config: Config, start: Start) -> None:
+    """Makes the directory ready for this start. Main process only, after everything was checked."""
+    directory = config.run.output_dir
+    directory.mkdir(parents=True, exist_ok=True)
+    if start.checkpoint is None:
+        for name in ("checkpoints", "adapter", "samples"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+        for name in (METRICS, LEDGER):
+            (directory / name).unlink(missing_ok=True)
+    (directory / CONFIG).write_text(dump(config))
+
+
+def describe_changes(changed: tuple[Change, ...] | list[Change]) -> str:
+    """One line a setting: before and after."""
+    return "\n".join(f"  {change.path}: {change.before} -> {change.after}" for change in changed)
+
+
+def _has_progress(directory: Path) -> bool:
+    metrics = directory / METRICS
+    trained = metrics.is_file() and '"train/loss"' in metrics.read_text()
+    return trained or any((directory / "checkpoints").glob("step-*")) or (directory / "adapter").is_dir()
+
+
+def _refusal(directory: Path, trains: list[Change]) -> str:
+    return (
+        f"{directory} holds a run with other settings that shape what is trained:\n{describe_changes(trains)}\n"
+        "Give another run.output_dir, or the same settings, or run.allow_changes=true to go on with the new ones."
+    )

@@ -1,0 +1,129 @@
+"""All that concerns more than one process: who we are, and every collective of the project.
+
+Data and model code takes `rank` and `world_size` as arguments; only this module and train.py know accelerate.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from vl_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of this run, seen from one of them. Methods marked *all ranks* must be called by every rank."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    @classmethod
+    def start(cls, *, cpu_threads: int | None) -> "Ranks":
+        """Joins the process group that the launcher announced, if it announced one (all ranks)."""
+        ranks = cls(Accelerator(cpu=not torch.cuda.is_available()))
+        if ranks.device.type == "cpu":
+            torch.set_num_threads(cpu_threads or ranks._share_of_cores())
+        return ranks
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0, which writes files and talks to the person."""
+        return self.rank == 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, still on the device; nothing is read back (all ranks)."""
+        if self.world_size == 1:
+            return value
+        total = self.accelerator.reduce(value, reduction="sum")
+        assert isinstance(total, torch.Tensor)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; one read a call where there are several (all ranks)."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def gather(self, rows: list[T]) -> list[T]:
+        """The rows of all ranks, in rank order, on every rank (all ranks)."""
+        gathered: list[T] = rows if self.world_size == 1 else gather_object(rows)
+        return gathered
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Rank 0 acts, and all ranks get what it returned (all ranks).
+
+        Raises:
+            UserError: rank 0 met one; every rank raises it, so that none waits for the others.
+        """
+        result: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                result[0] = action()
+            except UserError as error:
+                result[1] = str(error)
+        if self.world_size > 1:
+            broadcast_object_list(result)
+        if result[1] is not None:
+            raise UserError(result[1])
+        value: T = result[0]
+        return value
+
+    def wait(self) -> None:
+        """Until every rank is here (all ranks)."""
+        self.accelerator.wait_for_everyone()
+
+    def gradient_sync(self, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over ranks only in the backward of a step's last pack."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+
+    @property
+    def loss_scale(self) -> float:
+        """Undoes the mean over ranks that data parallel takes, because the loss is already over all ranks' targets."""
+        return float(self.world_size)
+
+    def close(self) -> None:
+        """Leaves the process group (all ranks, at the orderly end only)."""
+        self.accelerator.end_training()
+
+    def _share_of_cores(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, cores // here)
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seeds all of torch's generators for one step of one rank.
+
+    Random state is thereby a function of three numbers: a resumed run draws what the undisturbed one would have drawn, and
+    nothing random has to be stored.
+    """
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, dtype=np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off and no graph inside; as before afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,90 @@
+"""The product: `adapter/`, with all that inference must know to see what training saw."""
+
+import json
+import shutil
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from vl_dist.config import Config
+from vl_dist.data.encode import template_hash
+from vl_dist.data.records import Example, messages_to_json, usual_prompt
+from vl_dist.run.build import pixel_budget
+from vl_dist.run.checkpoint import save_adapter
+from vl_dist.run.directory import METADATA
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+
+
+def export_adapter(
+    model: PeftModel,
+    processor: Any,
+    config: Config,
+    *,
+    examples: list[Example],
+    step: int,
+    scores: dict[str, float],
+) -> Path:
+    """Writes `output_dir/adapter` whole or not at all. Main process only.
+
+    Args:
+        processor: its files go beside the weights, so that inference needs no other.
+        examples: what was trained on; their usual prompt is the one `predict` asks.
+        step: optimizer steps done.
+        scores: of the last evaluation.
+    """
+    final = config.run.output_dir / "adapter"
+    temporary = final.with_name(".writing-adapter")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_adapter(model, temporary)
+    processor.save_pretrained(temporary)
+    metadata = {
+        "format": 1,
+        "base_model": {"path": config.model.path, "hub": config.model.hub, "revision": config.model.revision},
+        "dtype": config.model.dtype,
+        "prompt": messages_to_json(usual_prompt(examples)),
+        "pixels": asdict(pixel_budget(config.data)),
+        "end_token": config.data.end_token,
+        "template_hash": template_hash(processor),
+        "max_new_tokens": config.eval.max_new_tokens,
+        "step": step,
+        "scores": scores,
+        "versions": {name: _version(name) for name in LIBRARIES},
+    }
+    (temporary / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    (temporary / "README.md").write_text(model_card(config, step=step, num_examples=len(examples), scores=scores))
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    return final
+
+
+def model_card(config: Config, *, step: int, num_examples: int, scores: dict[str, float]) -> str:
+    """What the adapter is, how it was made, and how to load it."""
+    rows = "\n".join(f"| {name.removeprefix('eval/')} | {value:.4f} |" for name, value in scores.items())
+    table = f"\n## Scores on held-out records\n| score | value |\n|---|---|\n{rows}\n" if rows else ""
+    return f"""---
+library_name: peft
+base_model: {json.dumps(config.model.path)}
+pipeline_tag: image-text-to-text
+tags: [lora, qwen2_vl]
+---
+# LoRA adapter for {config.model.path}
+
+Trained for {step} steps on {num_examples} examples of `{config.data.train.name}`: rank {config.lora.r}, alpha
+{config.lora.alpha:g}, learning rate {config.optim.lr:g} ({config.optim.schedule}), {config.batch.examples_per_step} examples a step.
+{table}
+## Use
+`python -m vl_dist predict DIRECTORY IMAGE` captions with the prompt and pixel size of training, which
+`{METADATA}` records. In code: `PeftModel.from_pretrained(base_model, DIRECTORY)`.
+"""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,145 @@
+"""The record of a run: metrics.jsonl and ledger.jsonl, and the sums that a row is made of."""
+
+import json
+import resource
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vl_dist.data.collate import Batch
+from vl_dist.data.loader import LoadedData
+from vl_dist.data.plan import Step
+from vl_dist.run.directory import LEDGER, METRICS
+from vl_dist.run.distributed import Ranks
+
+
+class JsonLines:
+    """A file of one JSON object a line, written at once so that a kill loses no row."""
+
+    def __init__(self, path: Path, *, keep_to_step: int) -> None:
+        """
+        Args:
+            path: made if it is not there.
+            keep_to_step: rows of later steps are cut: training repeats them.
+        """
+        kept = [line for line in _complete_lines(path) if json.loads(line).get("step", 0) <= keep_to_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+        self._path = path
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _complete_lines(path: Path) -> Iterable[str]:
+    if not path.is_file():
+        return []
+    # A kill can cut the last row; what has no line end is not a row.
+    return [line for line in path.read_text().split("\n")[:-1] if line]
+
+
+class Record:
+    """metrics.jsonl and ledger.jsonl of one run. Does nothing on ranks other than 0."""
+
+    def __init__(self, directory: Path, *, is_main: bool, keep_to_step: int, data: LoadedData) -> None:
+        """
+        Args:
+            directory: the run's output directory, made already.
+            keep_to_step: the step that training goes on from.
+            data: the training examples, for their ids and targets.
+        """
+        self._is_main = is_main
+        self._data = data
+        if is_main:
+            self._metrics = JsonLines(directory / METRICS, keep_to_step=keep_to_step)
+            self._ledger = JsonLines(directory / LEDGER, keep_to_step=keep_to_step)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """One row of metrics.jsonl."""
+        if self._is_main:
+            self._metrics.write(row)
+
+    def ledger(self, step: Step) -> None:
+        """Which examples made a step, over all ranks."""
+        if self._is_main:
+            ids = [self._data.examples[n].id for n in step.examples]
+            targets = int(self._data.lengths.targets[step.examples].sum())
+            self._ledger.write({"step": step.number + 1, "ids": ids, "targets": targets})
+
+
+def last_scores(directory: Path) -> dict[str, float]:
+    """The columns `eval/...` of the last evaluation in metrics.jsonl; empty if there was none."""
+    rows = [json.loads(line) for line in _complete_lines(directory / METRICS)]
+    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    return {name: value for name, value in evaluated[-1].items() if name.startswith("eval/")} if evaluated else {}
+
+
+class Meter:
+    """Sums since the last row. Device values stay on the device until a row is due."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.start()
+
+    def start(self) -> None:
+        """Begins a row now."""
+        self._loss_sum: torch.Tensor | None = None
+        self._grad_norm: torch.Tensor | None = None
+        self._examples = self._images = self._tokens = self._fillers = self._targets = 0
+        self._data_wait_s = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, packs: Sequence[Batch], loss_sum: torch.Tensor, grad_norm: torch.Tensor, data_wait_s: float) -> None:
+        """One step of this rank.
+
+        Args:
+            packs: this rank's.
+            loss_sum: scalar on the device, summed over their targets.
+            grad_norm: scalar on the device, before clipping.
+            data_wait_s: seconds the step waited for the loader.
+        """
+        self._loss_sum = loss_sum if self._loss_sum is None else self._loss_sum + loss_sum
+        self._grad_norm = grad_norm
+        self._data_wait_s += data_wait_s
+        for pack in packs:
+            self._examples += len(pack.example_ids)
+            self._images += pack.num_images
+            self._tokens += pack.num_tokens
+            self._fillers += 0 if pack.example_ids else pack.num_tokens
+            self._targets += pack.num_targets
+
+    def row(self) -> dict[str, Any]:
+        """The columns of metrics.jsonl since the last row, over all ranks; starts the next one (all ranks)."""
+        assert self._loss_sum is not None and self._grad_norm is not None, "a row needs at least one step"
+        counts = [self._examples, self._images, self._tokens, self._fillers, self._targets]
+        sums = torch.tensor([*counts, 0.0], dtype=torch.float64, device=self._ranks.device)
+        sums[-1] = self._loss_sum.double()
+        examples, images, tokens, fillers, targets, loss = self._ranks.sum(sums).tolist()
+        seconds = time.perf_counter() - self._started
+        row = {
+            "train/loss": loss / max(1.0, targets),
+            "train/grad_norm": float(self._grad_norm),
+            "train/target_tokens": int(targets),
+            "perf/examples_per_s": examples / seconds,
+            "perf/images_per_s": images / seconds,
+            "perf/target_tokens_per_s": targets / seconds,
+            "perf/tokens_per_s": (tokens - fillers) / seconds,
+            "perf/padding": fillers / max(1.0, tokens),
+            "perf/data_wait_s": self._data_wait_s,
+            "perf/peak_memory_gib": peak_memory_gib(self._ranks.device),
+        }
+        self.start()
+        return row
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: allocated on a CUDA device, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
