@@ -6,7 +6,6 @@ Start it with `accelerate launch train.py [RECIPE.yaml] [section.key=value ...]`
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -226,7 +225,12 @@ def run_once(config: Config, ending: Ending) -> Outcome:
         if outcome.code == FINISHED and ranks.is_main:
             scores = last_scores(config.run.output_dir)
             export_adapter(
-                run.model.peft_model, run.processor, config, examples=run.data.train.examples, step=outcome.step, scores=scores
+                run.model.peft_model,
+                run.processor,
+                config,
+                examples=run.data.train.examples,
+                step=outcome.step,
+                scores=scores,
             )
     console.end(outcome.code == FINISHED, outcome.reason, config.run.output_dir)
     ranks.close()
@@ -238,10 +242,9 @@ def main(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         sys.stdout.write(settings.help_text() + "\n")
         return FINISHED
-    recipe = Path(words.pop(0)) if words and "=" not in words[0] else settings.DEFAULT_RECIPE
     is_main = launched_rank() == 0
     try:
-        config = settings.load(recipe, words)
+        config = settings.load(*settings.split_words(words))
     except UserError as error:
         if is_main:
             sys.stderr.write(f"{error}\n")

@@ -47,9 +47,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "precision of the base weights; auto: bfloat16 on CUDA, float32 on a CPU (LoRA is always float32)"
     )
-    attention: Literal["auto", "sdpa", "eager"] = key(
-        "auto", "attention of the language model; auto: sdpa", trains=False
-    )
+    attention: Literal["auto", "sdpa", "eager"] = key("auto", "attention of the language model; auto: sdpa", trains=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +69,7 @@ class DataConfig:
     """Which records, and how they become tokens and patches."""
 
     train: Path = key(Path("data_vl.json"), "training records: records.jsonl, or the tutorial's data_vl.json")
-    eval: str | None = key(
-        None, "held-out records: a file, or last:N of the training records; null: train on every record"
-    )
+    eval: str | None = key(None, "held-out records: a file, or last:N of the training records; null: train on every record")
     image_root: Path | None = key(None, "image paths are relative to this folder; null: the record file's folder")
     resized_height: int | None = key(None, "every image is resized to this height", "pixels")
     resized_width: int | None = key(None, "every image is resized to this width", "pixels")
@@ -222,6 +218,13 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def split_words(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The recipe and the `section.key=value` words of a command line; without a recipe, the default one."""
+    if words and "=" not in words[0]:
+        return Path(words[0]), list(words[1:])
+    return DEFAULT_RECIPE, list(words)
+
+
 def load(recipe: Path | None, words: Sequence[str] = ()) -> Config:
     """The settings of a run: defaults, then the recipe, then `section.key=value` words.
 
@@ -312,9 +315,9 @@ def _type_name(hint: Any) -> str:
         return f"list of {_type_name(get_args(hint)[0])}"
     if get_args(hint):
         return " | ".join(_type_name(part) for part in get_args(hint))
-    return {"NoneType": "null", "str": "text", "Path": "path", "int": "integer", "float": "number"}.get(
-        hint.__name__, hint.__name__
-    )
+    name = str(hint.__name__)
+    names = {"NoneType": "null", "str": "text", "Path": "path", "int": "integer", "float": "number", "bool": "true | false"}
+    return names.get(name, name)
 
 
 def _read_yaml(recipe: Path) -> dict[str, Any]:
@@ -371,9 +374,7 @@ def _refuse_unknown(path: str, source: str) -> None:
     if path in known or path in sections:
         return
     nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
-    raise UserError(
-        f"Unknown key {path} in {source}. The nearest key is {nearest}. All keys: python train.py --help"
-    )
+    raise UserError(f"Unknown key {path} in {source}. The nearest key is {nearest}. All keys: python train.py --help")
 
 
 def _wrong_value(error: OmegaConfBaseException, source: str) -> str:

@@ -145,7 +145,7 @@ class Encoder:
 
     def _single_token(self, token: str) -> int:
         if token in self._added:
-            return self._added[token]
+            return int(self._added[token])
         ids = self._tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise UserError(
@@ -200,7 +200,9 @@ class Encoder:
             raise UserError("The chat template changes the texts it is given; it cannot be used to build targets.")
         prompt = self._render(messages[:-1], texts[: len(_texts(messages[:-1]))], generate=True)
         if not filled.startswith(prompt):
-            raise UserError("The chat template starts a generated answer otherwise than a given one; predictions would be off.")
+            raise UserError(
+                "The chat template starts a generated answer otherwise than a given one; predictions would be off."
+            )
 
     def _written(self, piece: Piece, texts: Sequence[str]) -> str:
         if isinstance(piece, TextSlot):
@@ -219,9 +221,7 @@ class Encoder:
             }
             for message in messages
         ]
-        return str(
-            self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate)
-        )
+        return str(self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
 
     def _fill(self, pieces: Sequence[Piece], texts: Sequence[str], grids: Sequence[Grid]) -> Encoded:
         ids: list[int] = []
@@ -238,7 +238,10 @@ class Encoder:
         if targets[-1] and self._end_id is not None:
             ids[-1] = self._end_id
         return Encoded(
-            np.array(ids, dtype=np.int64), np.array(targets, dtype=np.bool_), np.array(image, dtype=np.bool_), tuple(grids)
+            np.array(ids, dtype=np.int64),
+            np.array(targets, dtype=np.bool_),
+            np.array(image, dtype=np.bool_),
+            tuple(grids),
         )
 
     def _tokenize_plain(self, text: str) -> list[int]:

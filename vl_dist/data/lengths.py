@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vl_dist.data.encode import Encoder
-from vl_dist.data.images import Grid, ImageError, PatchShape, PixelBudget, grid_of, read_size, resolve_path, to_user_error
+from vl_dist.data.images import (
+    Grid,
+    ImageError,
+    PatchShape,
+    PixelBudget,
+    grid_of,
+    read_size,
+    resolve_path,
+    to_user_error,
+)
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
 

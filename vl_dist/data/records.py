@@ -261,7 +261,9 @@ def messages_to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
         {
             "role": message.role,
             "content": [
-                {"type": "image", "image": part.path} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+                {"type": "image", "image": part.path}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part.text}
                 for part in message.parts
             ],
         }

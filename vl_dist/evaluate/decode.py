@@ -37,7 +37,10 @@ def generate(
         UserError: an image cannot be used.
     """
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(collator.encoder.stop_ids), pad_token_id=pad_id
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(collator.encoder.stop_ids),
+        pad_token_id=pad_id,
     )
     for start in range(0, len(prompts), batch_size):
         chosen = range(start, min(start + batch_size, len(prompts)))

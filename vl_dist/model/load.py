@@ -1,12 +1,11 @@
 """The base model from its files, and LoRA on top of it."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalGeneration
 
@@ -106,7 +105,11 @@ def patch_shape(directory: Path, processor: Any) -> PatchShape:
     if settings.get("model_type") != "qwen2_vl" or vision is None:
         raise UserError(f"{directory} holds a {settings.get('model_type')!r} model; only qwen2_vl is supported.")
     images = processor.image_processor
-    model_side = (vision.get("patch_size", 14), vision.get("spatial_merge_size", 2), vision.get("temporal_patch_size", 2))
+    model_side = (
+        vision.get("patch_size", 14),
+        vision.get("spatial_merge_size", 2),
+        vision.get("temporal_patch_size", 2),
+    )
     processor_side = (images.patch_size, images.merge_size, images.temporal_patch_size)
     if model_side != processor_side:
         raise UserError(
@@ -144,7 +147,7 @@ def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, se
         task_type=TaskType.CAUSAL_LM,
         target_modules=list(lora.target_modules),
         r=lora.r,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         bias="none",
     )
@@ -189,15 +192,5 @@ def load_adapter_weights(model: PeftModel, directory: Path) -> None:
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's weights under the names PEFT gives them in its files."""
-    from peft import get_peft_model_state_dict
-
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return state
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A base model with its adapter, and where the files came from."""
-
-    peft_model: PeftModel
-    directory: Path

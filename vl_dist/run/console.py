@@ -57,7 +57,11 @@ class RunConsole:
         """Names and values in a frame."""
         width = max(len(name) for name, _ in rows)
         self._console.print(
-            Panel("\n".join(f"{escape(name):<{width}}  {escape(value)}" for name, value in rows), title=title, expand=False)
+            Panel(
+                "\n".join(f"{escape(name):<{width}}  {escape(value)}" for name, value in rows),
+                title=title,
+                expand=False,
+            )
         )
 
     def start(self, start: Start, output_dir: Path) -> None:
@@ -97,7 +101,10 @@ class RunConsole:
             return
         scores = "  ".join(f"{name} {value:.4f}" for name, value in last_scores(output_dir).items())
         adapter = output_dir / "adapter"
-        self.panel("finished", [("scores", scores), ("adapter", str(adapter)), ("next", f"python -m vl_dist predict {adapter} IMAGE")])
+        self.panel(
+            "finished",
+            [("scores", scores), ("adapter", str(adapter)), ("next", f"python -m vl_dist predict {adapter} IMAGE")],
+        )
 
     def train_step(self, done: int, num_steps: int) -> None:
         """Moves the bar; costs nothing on the device."""

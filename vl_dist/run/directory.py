@@ -1,9 +1,9 @@
 """The output directory: what is in it already, and what a new start does with that."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
 from vl_dist.config import Change, Config, changes, dump, load
 from vl_dist.errors import UserError
 from vl_dist.run.checkpoint import Skipped, find_checkpoint

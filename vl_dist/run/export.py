@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,7 @@ def export_adapter(
     processor: Any,
     config: Config,
     *,
-    examples: list[Example],
+    examples: Sequence[Example],
     step: int,
     scores: dict[str, float],
 ) -> Path:

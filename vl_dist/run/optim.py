@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+
 import torch
 
 from vl_dist.config import OptimConfig

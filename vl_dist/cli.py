@@ -1,0 +1,68 @@
+"""The commands beside training. Each returns an exit code: 0 done, 2 the input is wrong."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vl_dist import config as settings
+from vl_dist.errors import UserError
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs one command; a user's error is one message on standard error and code 2."""
+    arguments = _parser().parse_args(words)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vl_dist", description="What goes with train.py.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    predict = commands.add_parser("predict", help="caption images as the adapter was trained to")
+    predict.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory that a run left in adapter/")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    predict.add_argument("--base", type=Path, help="directory of the base model, if it is not where it was in training")
+    predict.add_argument("--batch-size", type=int, default=16, help="images captioned together (default 16)")
+    predict.add_argument("--json", action="store_true", help="one JSON object an image instead of text")
+    predict.set_defaults(run=_predict)
+
+    show = commands.add_parser("settings", help="print the resolved settings of a recipe, or one of them")
+    show.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="as for train.py")
+    show.add_argument("--key", help="print only the value of this key")
+    show.set_defaults(run=_settings)
+    return parser
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from vl_dist.evaluate.predict import predict  # torch is slow to import; other commands do without
+
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size is {arguments.batch_size}; it must be 1 or more.")
+    for path, caption in predict(
+        arguments.adapter, arguments.images, base_dir=arguments.base, batch_size=arguments.batch_size
+    ):
+        line = (
+            json.dumps({"image": str(path), "caption": caption}, ensure_ascii=False)
+            if arguments.json
+            else f"{path}: {caption}"
+        )
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def _settings(arguments: argparse.Namespace) -> None:
+    recipe, words = settings.split_words(arguments.words)
+    config = settings.load(recipe, words)
+    if arguments.key is None:
+        sys.stdout.write(settings.dump(config))
+        return
+    if arguments.key not in {key.path for key in settings.keys()}:
+        raise UserError(f"There is no key {arguments.key}. All keys: python train.py --help")
+    sys.stdout.write(f"{settings.value_at(config, arguments.key)}\n")
