@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vl_dist import config as settings
-from vl_dist.config import Config
+from vl_dist.config import help_text, load, split_words
 from vl_dist.data.collate import Batch
 from vl_dist.data.loader import StepPacks, load_steps, timed
 from vl_dist.data.plan import num_steps_per_epoch, plan_run, total_steps
@@ -30,6 +29,7 @@ from vl_dist.run.interrupt import StopRequest
 from vl_dist.run.metrics import Meter, Record, last_scores
 from vl_dist.run.optim import clip_gradients, lr_factor, make_optimizer, set_lr
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
+from vl_dist.settings import Config
 from vl_dist.shapes import make_shapes
 
 
@@ -240,11 +240,11 @@ def run_once(config: Config, ending: Ending) -> Outcome:
 def main(words: list[str]) -> int:
     """The command: settings from words, then one run; its exit code (all ranks)."""
     if "--help" in words or "-h" in words:
-        sys.stdout.write(settings.help_text() + "\n")
+        sys.stdout.write(help_text() + "\n")
         return FINISHED
     is_main = launched_rank() == 0
     try:
-        config = settings.load(*settings.split_words(words))
+        config = load(*split_words(words))
     except UserError as error:
         if is_main:
             sys.stderr.write(f"{error}\n")

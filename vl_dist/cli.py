@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vl_dist import config as settings
+from vl_dist.config import dump, keys, load, split_words, value_at
 from vl_dist.errors import UserError
 
 
@@ -58,11 +58,11 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> None:
-    recipe, words = settings.split_words(arguments.words)
-    config = settings.load(recipe, words)
+    recipe, words = split_words(arguments.words)
+    config = load(recipe, words)
     if arguments.key is None:
-        sys.stdout.write(settings.dump(config))
+        sys.stdout.write(dump(config))
         return
-    if arguments.key not in {key.path for key in settings.keys()}:
+    if arguments.key not in {key.path for key in keys()}:
         raise UserError(f"There is no key {arguments.key}. All keys: python train.py --help")
-    sys.stdout.write(f"{settings.value_at(config, arguments.key)}\n")
+    sys.stdout.write(f"{value_at(config, arguments.key)}\n")

@@ -1,4 +1,4 @@
-"""Every setting of a run: one frozen tree, read from a recipe and from `section.key=value` words.
+"""From a recipe and `section.key=value` words to the frozen tree of settings, and back.
 
 Defaults stand here, a recipe (YAML) overrides them, and words on the command line override both. A key that is not in
 the tree is an error that names the nearest one. Only this module knows OmegaConf; all others take the frozen tree.
@@ -6,7 +6,7 @@ the tree is an error that names the nearest one. Only this module knows OmegaCon
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,145 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vl_dist.errors import UserError
+from vl_dist.settings import Config
 
 DEFAULT_RECIPE = Path("recipes/shapes.yaml")
-
-
-def key(default: Any, meaning: str, unit: str = "", *, trains: bool = True) -> Any:
-    """A setting. `trains` says that another value would train something else, so that a run cannot go on with it."""
-    metadata = {"meaning": meaning, "unit": unit, "trains": trains}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShapesConfig:
-    """The embedded default's drawings and tiny model, made on the spot."""
-
-    dir: Path = key(Path("data/shapes"), "where the drawings, records and the tiny model are made")
-    seed: int = key(0, "seed of the drawings and of the tiny model's random weights")
-    num_train: int = key(1000, "drawings to train on, five captions each", "images")
-    num_eval: int = key(120, "drawings held out", "images")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """The frozen base model and how it computes."""
-
-    path: str = key("Qwen/Qwen2-VL-2B-Instruct", "a directory, or the model's name on the hub")
-    hub: Literal["local", "modelscope", "huggingface"] = key("local", "where the model comes from", trains=False)
-    revision: str | None = key(None, "revision on the hub; null: the hub's default branch")
-    dtype: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "precision of the base weights; auto: bfloat16 on CUDA, float32 on a CPU (LoRA is always float32)"
-    )
-    attention: Literal["auto", "sdpa", "eager"] = key("auto", "attention of the language model; auto: sdpa", trains=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
-    """The adapter."""
-
-    r: int = key(64, "rank of the update", "dimensions")
-    alpha: float = key(16.0, "the update is scaled by alpha / r")
-    dropout: float = key(0.05, "dropout on the input of the update", "probability")
-    target_modules: tuple[str, ...] = key(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "names of the linear layers that get an update",
-    )
-    init_from: Path | None = key(None, "adapter directory to start from; null: fresh weights, B zero")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """Which records, and how they become tokens and patches."""
-
-    train: Path = key(Path("data_vl.json"), "training records: records.jsonl, or the tutorial's data_vl.json")
-    eval: str | None = key(None, "held-out records: a file, or last:N of the training records; null: train on every record")
-    image_root: Path | None = key(None, "image paths are relative to this folder; null: the record file's folder")
-    resized_height: int | None = key(None, "every image is resized to this height", "pixels")
-    resized_width: int | None = key(None, "every image is resized to this width", "pixels")
-    min_pixels: int | None = key(None, "smaller images are enlarged to this area; null: 3,136", "pixels")
-    max_pixels: int | None = key(None, "larger images are shrunk to this area; null: 12,845,056", "pixels")
-    prompt: str = key("COCO Yes:", "prompt after the image, for data_vl.json and for predict")
-    end_token: str | None = key(
-        None, "token that ends the last answer; null: the chat template's own (earlier turns always keep it)"
-    )
-    shuffle: bool = key(True, "shuffle examples anew each epoch; false: steps are consecutive examples")
-    num_workers: int = key(2, "processes that decode and encode for each rank; 0: in the training process", trains=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchConfig:
-    """What one optimizer step holds."""
-
-    examples_per_step: int = key(4, "examples in one optimizer step, over all ranks", "examples")
-    max_tokens_per_pack: int = key(8192, "most tokens in one micro-batch row", "tokens", trains=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimConfig:
-    """AdamW (betas 0.9 and 0.999, eps 1e-8) and its schedule."""
-
-    lr: float = key(1e-4, "highest learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = key("linear", "how the learning rate falls after the warm-up")
-    warmup_steps: int = key(0, "the learning rate rises linearly from 0 over these steps", "steps")
-    weight_decay: float = key(0.0, "decoupled weight decay")
-    max_grad_norm: float | None = key(1.0, "gradients are scaled down to this norm; null: never")
-    num_epochs: int = key(2, "passes over the training records", "epochs")
-    max_steps: int | None = key(None, "end after this many steps; null: after num_epochs", "steps")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointConfig:
-    """How often training is made safe."""
-
-    every_steps: int = key(100, "steps between checkpoints; the last step always has one", "steps", trains=False)
-    keep: int | None = key(3, "checkpoints kept; null: all; latest is never removed", "checkpoints", trains=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Captions and loss on the held-out records, at the start, at the end and between."""
-
-    every_steps: int | None = key(None, "steps between evaluations; null: start and end only", "steps", trains=False)
-    batch_size: int = key(16, "images captioned together on one rank", "images", trains=False)
-    max_new_tokens: int = key(64, "longest caption", "tokens", trains=False)
-    num_shown: int = key(4, "held-out captions printed at each evaluation", "captions", trains=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogConfig:
-    """What is written down while training."""
-
-    every_steps: int = key(10, "steps between rows of metrics.jsonl", "steps", trains=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """Where the run lives and how it is repeated."""
-
-    output_dir: Path = key(Path("runs/latest"), "what the run leaves behind", trains=False)
-    seed: int = key(0, "seed of data order, LoRA weights and dropout")
-    resume: str = key("auto", "auto: newest complete checkpoint; never: from step 0; or a directory", trains=False)
-    allow_changes: bool = key(False, "go on with a run although settings that shape it changed", trains=False)
-    cpu_threads: int | None = key(None, "threads of each rank on a CPU; null: its share of cores", "threads", trains=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """All settings of one run."""
-
-    shapes: ShapesConfig | None = key(None, "the embedded default's data and model; null: none are made")
-    model: ModelConfig = key(ModelConfig, "")
-    lora: LoraSettings = key(LoraSettings, "")
-    data: DataConfig = key(DataConfig, "")
-    batch: BatchConfig = key(BatchConfig, "")
-    optim: OptimConfig = key(OptimConfig, "")
-    checkpoint: CheckpointConfig = key(CheckpointConfig, "")
-    eval: EvalConfig = key(EvalConfig, "")
-    log: LogConfig = key(LogConfig, "")
-    run: RunConfig = key(RunConfig, "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

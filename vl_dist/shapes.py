@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vl_dist.config import ShapesConfig
 from vl_dist.errors import UserError
+from vl_dist.settings import ShapesConfig
 from vl_dist.tiny import make_tiny_model
 
 CANVAS = 84  # pixels; 3 x 3 language-model tokens, one for each place

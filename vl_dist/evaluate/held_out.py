@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vl_dist.config import EvalConfig
 from vl_dist.data.loader import LoadedData, load_steps
 from vl_dist.data.plan import plan_epoch
 from vl_dist.data.records import Example, Message
@@ -16,6 +15,7 @@ from vl_dist.evaluate.decode import Prompt, generate
 from vl_dist.evaluate.scores import exact_match
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks, evaluating
+from vl_dist.settings import EvalConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from vl_dist.config import ModelConfig
 from vl_dist.data.collate import Collator
 from vl_dist.data.encode import Encoder, template_hash
 from vl_dist.data.images import PixelBudget
@@ -18,6 +17,7 @@ from vl_dist.errors import UserError
 from vl_dist.evaluate.decode import Prompt, generate
 from vl_dist.model.load import find_model, load_base, load_processor, patch_shape, resolve_dtype
 from vl_dist.run.directory import METADATA
+from vl_dist.settings import ModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

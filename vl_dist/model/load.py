@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalGeneration
 
-from vl_dist.config import LoraSettings, ModelConfig
 from vl_dist.data.images import PatchShape
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend
+from vl_dist.settings import LoraSettings, ModelConfig
 
 
 def resolve_dtype(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vl_dist.config import Config, DataConfig, held_out_count
+from vl_dist.config import held_out_count
 from vl_dist.data.collate import Collator
 from vl_dist.data.encode import Encoder
 from vl_dist.data.images import PatchShape, PixelBudget
@@ -16,6 +16,7 @@ from vl_dist.data.records import Record, examples_of, read_records, split_held_o
 from vl_dist.model.attention import resolve_backend
 from vl_dist.model.load import attach_lora, load_base, resolve_dtype
 from vl_dist.model.packed import PackedModel
+from vl_dist.settings import Config, DataConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from vl_dist.config import Config
 from vl_dist.evaluate.held_out import Evaluation, group_questions
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.build import RunData
 from vl_dist.run.directory import Start, describe_changes
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.metrics import last_scores
+from vl_dist.settings import Config
 
 
 class RunConsole:

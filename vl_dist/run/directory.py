@@ -4,10 +4,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from vl_dist.config import Change, Config, changes, dump, load
+from vl_dist.config import Change, changes, dump, load
 from vl_dist.errors import UserError
 from vl_dist.run.checkpoint import Skipped, find_checkpoint
 from vl_dist.run.interrupt import STOP_FILE
+from vl_dist.settings import Config
 
 CONFIG = "config.yaml"
 OUTCOME = "outcome.json"

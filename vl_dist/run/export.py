@@ -10,12 +10,12 @@ from typing import Any
 
 from peft import PeftModel
 
-from vl_dist.config import Config
 from vl_dist.data.encode import template_hash
 from vl_dist.data.records import Example, messages_to_json, usual_prompt
 from vl_dist.run.build import pixel_budget
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.run.directory import METADATA
+from vl_dist.settings import Config
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
@@ -75,8 +75,8 @@ tags: [lora, qwen2_vl]
 ---
 # LoRA adapter for {config.model.path}
 
-Trained for {step} steps on {num_examples} examples of `{config.data.train.name}`: rank {config.lora.r}, alpha
-{config.lora.alpha:g}, learning rate {config.optim.lr:g} ({config.optim.schedule}), {config.batch.examples_per_step} examples a step.
+Trained for {step} steps of {config.batch.examples_per_step} examples, out of {num_examples} in `{config.data.train.name}`:
+rank {config.lora.r}, alpha {config.lora.alpha:g}, learning rate {config.optim.lr:g} ({config.optim.schedule}).
 {table}
 ## Use
 `python -m vl_dist predict DIRECTORY IMAGE` captions with the prompt and pixel size of training, which

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from vl_dist.config import OptimConfig
+from vl_dist.settings import OptimConfig
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], settings: OptimConfig) -> torch.optim.AdamW:
