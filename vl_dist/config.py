@@ -99,8 +99,8 @@ def load(recipe: Path | None, words: Sequence[str] = ()) -> Config:
     given.append(("the command line", _parse_words(words)))
     merged = OmegaConf.structured(Config)
     for source, values in given:
-        for path in _paths(values):
-            _refuse_unknown(path, source)
+        for path, value in _leaves(values):
+            _refuse_unknown(path, value, source)
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(values))
         except OmegaConfBaseException as error:
@@ -224,21 +224,24 @@ def _parse_value(text: str) -> Any:
     return value
 
 
-def _paths(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _paths(value, f"{prefix}{name}.")
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
 
 
-def _refuse_unknown(path: str, source: str) -> None:
+def _refuse_unknown(path: str, value: Any, source: str) -> None:
     known = [k.path for k in keys()]
     sections = {k.rsplit(".", 1)[0] for k in known}
-    if path in known or path in sections:
+    if path in known:
         return
-    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
-    raise UserError(f"Unknown key {path} in {source}. The nearest key is {nearest}. All keys: python train.py --help")
+    if path not in sections:
+        nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"Unknown key {path} in {source}. The nearest key is {nearest}. All keys: python train.py --help")
+    if value != {} and not (path == "shapes" and value is None):
+        raise UserError(f"{path} is a section of keys, but {source} gives it the value {value!r}. Write {path}.KEY=value.")
 
 
 def _wrong_value(error: OmegaConfBaseException, source: str) -> str:

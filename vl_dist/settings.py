@@ -19,8 +19,8 @@ class ShapesConfig:
 
     dir: Path = key(Path("data/shapes"), "where the drawings, records and the tiny model are made")
     seed: int = key(0, "seed of the drawings and of the tiny model's random weights")
-    num_train: int = key(1000, "drawings to train on, five captions each", "images")
-    num_eval: int = key(120, "drawings held out", "images")
+    num_train: int = key(720, "drawings to train on, five captions each", "images")
+    num_eval: int = key(144, "drawings held out", "images")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
