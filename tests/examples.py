@@ -30,10 +30,12 @@ SEVEN = [
 ]
 
 
-def packed_model(directory: Path, backend: Backend = "sdpa", *, dropout: float = 0.0, seed: int = 3) -> PackedModel:
+def packed_model(
+    directory: Path, backend: Backend = "sdpa", *, r: int = 4, dropout: float = 0.0, seed: int = 3
+) -> PackedModel:
     """A tiny model whose adapter is random on both sides, so that every gradient is other than zero."""
     base = load_base(directory, torch.float32, backend)
-    settings = LoraSettings(r=4, alpha=8, dropout=dropout)
+    settings = LoraSettings(r=r, alpha=8, dropout=dropout)
     model = PackedModel(attach_lora(base, settings, seed=seed), backend)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -90,19 +90,23 @@ def make_tiny_model(directory: Path, texts: Iterable[str], *, seed: int, size: T
     """
     size = size or TinySize()
     tokenizer = make_tokenizer(texts, num_merges=size.num_merges)
-    processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
-    )
     config = tiny_config(tokenizer, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(config)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
-    processor.save_pretrained(directory)
+    make_processor(tokenizer).save_pretrained(directory)
+
+
+def make_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
+    """Tokenizer, Qwen2-VL's image and video processors as they are by default, and its chat template."""
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def make_tokenizer(texts: Iterable[str], *, num_merges: int) -> Qwen2Tokenizer:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.real_shape import qwen_tokenizer
 from vl_dist.data.encode import Encoded, Encoder
 from vl_dist.data.images import Grid
 from vl_dist.data.records import Example, ImagePart, Message, TextPart
@@ -169,24 +170,7 @@ def test_a_template_that_does_not_keep_its_texts_is_refused(processor: Any, chan
 
 
 def test_the_real_vocabulary_gives_the_real_ids() -> None:
-    tokenizer = real_tokenizer()
+    tokenizer = qwen_tokenizer()
     ids = tokenizer("A man riding a wave", add_special_tokens=False)["input_ids"]
     assert ids == [32, 883, 19837, 264, 12060]
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 151645
-
-
-def real_tokenizer() -> Any:
-    """Qwen's vocabulary as the package dashscope ships it, with the special tokens in their order."""
-    import dashscope
-    from pathlib import Path
-    from transformers import Qwen2Tokenizer
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    from vl_dist.tiny import SPECIAL_TOKENS
-
-    path = Path(dashscope.__file__).parent / "resources" / "qwen.tiktoken"
-    converted = TikTokenConverter(
-        vocab_file=str(path), pattern=PRETOKENIZE_REGEX, extra_special_tokens=list(SPECIAL_TOKENS)
-    ).converted()
-    return Qwen2Tokenizer(tokenizer_object=converted)

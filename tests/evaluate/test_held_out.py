@@ -1,0 +1,87 @@
+"""Evaluation: captions equal those of plain generation, each question once, all references counted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.examples import SEVEN, packed_model
+from vl_dist.data.collate import Collator
+from vl_dist.data.images import PatchShape
+from vl_dist.data.lengths import HeaderReader, measure
+from vl_dist.data.loader import LoadedData
+from vl_dist.data.records import Example
+from vl_dist.evaluate.decode import Prompt, generate
+from vl_dist.evaluate.held_out import evaluate, group_questions
+from vl_dist.evaluate.scores import exact_match
+from vl_dist.run.distributed import Ranks, evaluating
+from vl_dist.settings import EvalConfig
+
+
+def test_a_prediction_is_exact_if_it_equals_one_of_the_references() -> None:
+    assert exact_match(["a", "b", "c"], [["a", "x"], ["x", "b"], ["C"]]) == pytest.approx(2 / 3)
+    assert exact_match([], []) == 0.0
+
+
+def test_examples_of_one_image_and_prompt_are_one_question_with_all_references() -> None:
+    cat = SEVEN[2]
+    examples = [
+        Example("r#0", cat.prompt, "A cat."),
+        Example("other", cat.prompt, "Cat!"),
+        Example("r#1", cat.prompt, "A cat."),
+    ]
+    questions = group_questions([*examples, SEVEN[0]])
+    assert [(q.prompt.id, q.references) for q in questions] == [("r", ("A cat.", "Cat!")), ("rocket", (SEVEN[0].answer,))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_batched_answers_equal_those_of_each_prompt_alone(
+    tiny_model: Path, collator: Collator, processor: Any, batch_size: int
+) -> None:
+    model = packed_model(tiny_model)
+    base = model.peft_model.get_base_model()
+    prompts = [Prompt(example.id, example.prompt, example.image_paths) for example in SEVEN]
+    with evaluating(model):
+        batches = generate(base, collator, prompts, batch_size=batch_size, max_new_tokens=6, pad_id=0)
+        found = dict(pair for batch in batches for pair in batch)
+        for n, prompt in enumerate(prompts):
+            encoded, pixels = collator.prompt(prompt.messages, prompt.image_paths, prompt.id)
+            ids = torch.from_numpy(encoded.input_ids)[None]
+            images = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[g.t, g.h, g.w] for g in encoded.grids])}
+            output = base.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=torch.from_numpy(encoded.is_image.astype("int64"))[None],
+                **(images if encoded.grids else {}),
+                generation_config=GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=list(collator.encoder.stop_ids), pad_token_id=0),
+            )  # fmt: skip
+            expected = [t for t in output[0, ids.shape[1] :].tolist() if t not in collator.encoder.stop_ids]
+            assert found[n] == expected[: len(found[n])]
+
+
+def test_an_evaluation_gives_the_mean_loss_and_a_sample_for_each_question(
+    tiny_model: Path, collator: Collator, photos: Path, shape: PatchShape, processor: Any
+) -> None:
+    from accelerate import Accelerator
+
+    lengths = measure(SEVEN, collator.encoder, HeaderReader(photos, collator.budget, shape), max_tokens=150)
+    model = packed_model(tiny_model, dropout=0.5)
+    done: list[tuple[int, int]] = []
+    evaluation = evaluate(
+        model,
+        LoadedData(SEVEN, lengths, collator),
+        Ranks(Accelerator(cpu=True)),
+        EvalConfig(batch_size=4, max_new_tokens=3),
+        tokenizer=processor.tokenizer,
+        max_tokens=150,
+        on_progress=lambda now, total: done.append((now, total)),
+    )
+    assert model.training, "evaluation leaves the mode as it was"
+    with evaluating(model):
+        batch = collator.pack(SEVEN)
+        expected = float(model(batch)) / batch.num_targets
+    assert evaluation.scores["eval/loss"] == pytest.approx(expected, rel=1e-5)
+    assert [sample.id for sample in evaluation.samples] == [example.id for example in SEVEN]
+    assert done == [(0, 7), (4, 7), (7, 7)]
