@@ -1,6 +1,7 @@
 """The base model from its files, and LoRA on top of it."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +160,9 @@ def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, se
             f"There are: {', '.join(sorted(linear_names))}."
         )
     torch.manual_seed(seed)
-    model = get_peft_model(base, settings)
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property by its old name
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(base, settings)
     assert isinstance(model, PeftModel)
     if lora.init_from is not None:
         load_adapter_weights(model, lora.init_from)

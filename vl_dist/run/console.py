@@ -5,9 +5,10 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from vl_dist.evaluate.held_out import Evaluation, group_questions
 from vl_dist.model.packed import PackedModel
@@ -27,7 +28,7 @@ class RunConsole:
             is_main: others stay silent.
             num_shown: held-out captions printed at each evaluation.
         """
-        self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._console = Console(quiet=not is_main, highlight=False)
         self._num_shown = num_shown
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -51,18 +52,14 @@ class RunConsole:
 
     def say(self, text: str) -> None:
         """One message; its text is never read as markup."""
-        self._console.print(escape(text))
+        self._console.print(Text(text), soft_wrap=True)
 
     def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Names and values in a frame."""
-        width = max(len(name) for name, _ in rows)
-        self._console.print(
-            Panel(
-                "\n".join(f"{escape(name):<{width}}  {escape(value)}" for name, value in rows),
-                title=title,
-                expand=False,
-            )
-        )
+        table = Table.grid(padding=(0, 2))
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))  # long values wrap; Text is never read as markup
+        self._console.print(Panel(table, title=title, expand=False))
 
     def start(self, start: Start, output_dir: Path) -> None:
         """What was found in the output directory."""
