@@ -20,12 +20,12 @@ while [ $# -gt 0 ] && [ "${1#--}" != "$1" ]; do
   shift 2
 done
 [ ${#launcher[@]} -gt 0 ] || launcher=(--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
-# --quiet: an exit code other than 0 is no reason for the launcher to print a traceback of its own.
 
 # Wrong settings end here, before any process is launched.
 output_dir=$("$python" -m vl_dist settings --key run.output_dir -- "$@") || exit $?
 
-# A session of its own, so that a Ctrl-C in the terminal reaches this script and not the launcher.
+# A session of its own, so that a Ctrl-C in the terminal reaches this script and not the launcher. --quiet: the launcher
+# would add a traceback of its own to every exit code but 0.
 "$python" -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' \
   "$python" -m accelerate.commands.launch --quiet "${launcher[@]}" train.py "$@" &
 launcher_pid=$!
