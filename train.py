@@ -14,10 +14,11 @@ from torch import nn
 from vl_dist.config import help_text, load, split_words
 from vl_dist.data.collate import Batch
 from vl_dist.data.loader import StepPacks, load_steps, timed
-from vl_dist.data.plan import num_steps_per_epoch, plan_run, total_steps
+from vl_dist.data.plan import cost, num_steps_per_epoch, plan_run, total_steps
 from vl_dist.errors import UserError
 from vl_dist.evaluate.held_out import evaluate, write_samples
-from vl_dist.model.load import find_model, load_processor, patch_shape
+from vl_dist.model.hub import find_model
+from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run import directory
 from vl_dist.run.build import RunData, load_data, load_model
@@ -111,10 +112,11 @@ def remaining_steps(run: Run) -> Iterator[StepPacks]:
     """This rank's packs of every step that is left, in the order of the plan."""
     config, data = run.config, run.data.train
     steps = plan_run(
-        len(data.examples),
+        cost(data.lengths.tokens, data.lengths.patches),
         config.batch.examples_per_step,
         seed=config.run.seed,
         shuffle=config.data.shuffle,
+        bucket_steps=config.data.bucket_steps,
         num_steps=run.num_steps,
         first_step=run.first_step,
     )
@@ -124,6 +126,7 @@ def remaining_steps(run: Run) -> Iterator[StepPacks]:
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
         max_tokens=config.batch.max_tokens_per_pack,
+        num_pack_lengths=config.batch.pack_lengths,
         num_workers=config.data.num_workers,
         pin_memory=run.ranks.device.type == "cuda",
     )

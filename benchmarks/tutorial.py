@@ -155,8 +155,7 @@ def load_rows(settings: TutorialSettings) -> Dataset:
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", rows[:count]), ("test", rows[count:])):
         (settings.output_dir / f"data_vl_{name}.json").write_text(json.dumps(part), encoding="utf-8")
-    # Without a cache of its own, a second run would read the rows that the first one encoded.
-    cache = settings.output_dir / "cache"
+    cache = settings.output_dir / "cache"  # datasets' shared one would give back rows that an earlier run encoded
     return Dataset.from_json(str(settings.output_dir / "data_vl_train.json"), cache_dir=str(cache))
 
 

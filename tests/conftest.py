@@ -34,8 +34,9 @@ SMALL = TinySize(hidden=64, layers=2, heads=4, key_value_heads=2, mlp=96, tower_
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """Two threads that wait for each other on shared cores take many times as long as one."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,9 @@ class DataConfig:
         None, "token that ends the last answer; null: the chat template's own (earlier turns always keep it)"
     )
     shuffle: bool = key(True, "shuffle examples anew each epoch; false: steps are consecutive examples")
+    bucket_steps: int = key(
+        8, "steps whose shuffled examples are sorted by cost before they are cut into steps; 1: none", "steps"
+    )
     num_workers: int = key(2, "processes that decode and encode for each rank; 0: in the training process", trains=False)
 
 
@@ -75,6 +78,9 @@ class BatchConfig:
 
     examples_per_step: int = key(4, "examples in one optimizer step, over all ranks", "examples")
     max_tokens_per_pack: int = key(8192, "most tokens in one micro-batch row", "tokens", trains=False)
+    pack_lengths: int | None = key(
+        None, "packs are padded up to one of so many lengths, so that shapes repeat; null: not padded", trains=False
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ def data(collator: Collator, photos: Path, shape: PatchShape) -> LoadedData:
 
 
 def load(data: LoadedData, **changed: Any) -> list[StepPacks]:
-    steps = plan_run(7, 4, seed=1, shuffle=True, num_steps=4)
+    steps = plan_run(np.ones(7), 4, seed=1, shuffle=True, num_steps=4)
     return list(load_steps(steps, data, **({"rank": 0, "world_size": 1, "max_tokens": 150} | changed)))
 
 
@@ -53,6 +54,13 @@ def test_ranks_together_train_each_example_of_a_step_once_in_equally_many_packs(
         ids = [name for share in shares for pack in share.packs for name in pack.example_ids]
         assert sorted(ids) == sorted(SEVEN[n].id for n in shares[0].step.examples)
         assert all(pack.num_tokens <= 150 for share in shares for pack in share.packs)
+
+
+def test_padded_packs_have_few_lengths_and_the_same_examples(data: LoadedData) -> None:
+    plain, padded = load(data, world_size=2), load(data, world_size=2, num_pack_lengths=3)
+    assert {pack.num_tokens for share in padded for pack in share.packs} <= {50, 100, 150}
+    for one, other in zip(plain, padded, strict=True):
+        assert [pack.example_ids for pack in one.packs] == [pack.example_ids for pack in other.packs]
 
 
 def test_loading_draws_nothing_from_the_random_state_that_dropout_uses(data: LoadedData) -> None:

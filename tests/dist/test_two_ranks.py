@@ -31,6 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         f"data.train={data}/records.jsonl",
         f"data.eval={data}/eval.jsonl",
         "data.num_workers=0",
+        "run.cpu_threads=1",
         "batch.examples_per_step=13",
         f"lora.init_from={directory / 'adapter'}",
         "lora.r=4",

@@ -1,8 +1,8 @@
 """Ten steps of the tutorial's recipe are ten steps of the tutorial's script.
 
-Both start from one adapter and train in float32 without dropout on real photographs, one through `train.py`, the other on HF
-Trainer (`benchmarks.tutorial`). Every step's loss, and what each LoRA tensor has moved by, must agree. The same comparison is
-then shown to refuse a recipe that is wrong in one place.
+Both start from one adapter and train in float32 without dropout on real photographs, one through `train.py`, the other on
+HF Trainer (`benchmarks.tutorial`). Every step's loss, and what each LoRA tensor has moved by, must agree. The same
+comparison is then shown to refuse a recipe that is wrong in one place.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CAPTIONS = (
 )
 
 LOSS_TOLERANCE = 1e-4  # relative, of each step
-# Of each tensor's movement. Rounding makes about 0.0001 of it, another beta2 no more than 0.013 in so few steps.
+# Of each tensor's movement. Rounding makes less than 0.0001 of it; beta2 0.95 makes no more than 0.013 in so few steps.
 MOVEMENT_TOLERANCE = 0.002
 
 Tensors = dict[str, torch.Tensor]
@@ -207,7 +207,7 @@ def movement(trained: Tensors, task: Task) -> Tensors:
 def test_ten_steps_of_the_tutorials_recipe_equal_the_tutorials_script(
     task: Task, theirs: Trained, tmp_path: Path, max_tokens_per_pack: int
 ) -> None:
-    """400 tokens hold two examples or three: a step then has two packs, as the script's has two micro-batches."""
+    """8,192 tokens hold a whole step; with 400 it comes in two to four packs of unequal numbers of targets."""
     ours = train_ours(task, tmp_path / "ours", f"batch.max_tokens_per_pack={max_tokens_per_pack}")
     assert all(moved.norm() > 0 for moved in theirs.movement.values())
     found = difference(ours, theirs)

@@ -43,6 +43,8 @@ def test_batched_answers_equal_those_of_each_prompt_alone(
     model = packed_model(tiny_model)
     base = model.peft_model.get_base_model()
     prompts = [Prompt(example.id, example.prompt, example.image_paths) for example in SEVEN]
+    stop_ids = list(collator.encoder.stop_ids)
+    alone = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=stop_ids, pad_token_id=0)
     with evaluating(model):
         batches = generate(base, collator, prompts, batch_size=batch_size, max_new_tokens=6, pad_id=0)
         found = dict(pair for batch in batches for pair in batch)
@@ -55,9 +57,9 @@ def test_batched_answers_equal_those_of_each_prompt_alone(
                 attention_mask=torch.ones_like(ids),
                 mm_token_type_ids=torch.from_numpy(encoded.is_image.astype("int64"))[None],
                 **(images if encoded.grids else {}),
-                generation_config=GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=list(collator.encoder.stop_ids), pad_token_id=0),
-            )  # fmt: skip
-            expected = [t for t in output[0, ids.shape[1] :].tolist() if t not in collator.encoder.stop_ids]
+                generation_config=alone,
+            )
+            expected = [t for t in output[0, ids.shape[1] :].tolist() if t not in stop_ids]
             assert found[n] == expected[: len(found[n])]
 
 

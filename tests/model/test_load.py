@@ -12,10 +12,10 @@ from peft import PeftModel
 from tests.examples import SEVEN, packed_model
 from vl_dist.data.collate import Collator
 from vl_dist.errors import UserError
+from vl_dist.model.hub import find_model
 from vl_dist.model.load import (
     adapter_state,
     attach_lora,
-    find_model,
     load_adapter_weights,
     load_base,
     load_processor,

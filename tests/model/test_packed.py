@@ -92,6 +92,17 @@ def test_the_isolation_test_sees_a_leak(tiny_model: Path, collator: Collator, mo
         test_changing_one_document_changes_no_other_documents_logits_at_all(tiny_model, collator, "sdpa")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_changes_neither_loss_nor_gradient(tiny_model: Path, collator: Collator, backend: Backend) -> None:
+    model = packed_model(tiny_model, backend)
+    loss, grads = summed_loss(model, collator.pack(SEVEN))
+    padded = collator.pack(SEVEN, length=512)
+    assert (padded.num_tokens, padded.num_padding) == (512, 512 - collator.pack(SEVEN).num_tokens)
+    padded_loss, padded_grads = summed_loss(model, padded)
+    assert padded_loss == pytest.approx(loss, rel=1e-6)
+    assert_close(padded_grads, grads)
+
+
 def test_a_pack_without_targets_adds_nothing_and_leaves_no_gradient_unset(tiny_model: Path, collator: Collator) -> None:
     model = packed_model(tiny_model)
     filler = collator.pack([])

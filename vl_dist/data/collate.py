@@ -33,7 +33,10 @@ from vl_dist.data.records import Example, Message
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One pack: a row of documents that do not see each other. A filler has one token, no document's target, no image."""
+    """One pack: a row of documents that do not see each other, the last of which may be padding.
+
+    A filler is all padding: no example, no target, no image.
+    """
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [3, T] int64, M-RoPE ids, restarting with each document
@@ -44,6 +47,7 @@ class Batch:
     pixel_values: torch.Tensor  # [P, C] float32
     image_grids: torch.Tensor  # [I, 3] int64: temporal, rows, columns in patches
     example_ids: tuple[str, ...]
+    num_padding: int  # tokens at the end that belong to no example
 
     @property
     def num_tokens(self) -> int:
@@ -99,8 +103,11 @@ class Collator:
         temporal = image_processor.temporal_patch_size
         self._patch_values = 3 * temporal * shape.patch_size**2
 
-    def pack(self, examples: Sequence[Example]) -> Batch:
+    def pack(self, examples: Sequence[Example], *, length: int | None = None) -> Batch:
         """One pack of these examples, in order; none of them makes a filler.
+
+        Args:
+            length: tokens to pad up to; None: no padding, but one token for a filler.
 
         Raises:
             UserError: an image cannot be used; the message names the example.
@@ -110,7 +117,7 @@ class Collator:
             images = [self._patches(path, example.id) for path in example.image_paths]
             documents.append(self.encoder.encode(example, [grid for _, grid in images]))
             pixels += [values for values, _ in images]
-        return self._join(documents, pixels, tuple(example.id for example in examples))
+        return self._join(documents, pixels, tuple(example.id for example in examples), length)
 
     def prompt(self, messages: Sequence[Message], image_paths: Sequence[str], name: str) -> tuple[Encoded, torch.Tensor]:
         """A prompt ready for generation, and its patches [P, C].
@@ -134,11 +141,15 @@ class Collator:
     def _cat(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(pixels)) if pixels else torch.empty(0, self._patch_values)
 
-    def _join(self, documents: Sequence[Encoded], pixels: Sequence[torch.Tensor], ids: tuple[str, ...]) -> Batch:
-        if not documents:
-            # A filler keeps ranks in step: it runs the same layers and adds exactly nothing to loss and gradient.
-            none = np.zeros(1, dtype=np.bool_)
-            documents = [Encoded(np.zeros(1, dtype=np.int64), none, none, ())]
+    def _join(
+        self, documents: list[Encoded], pixels: Sequence[torch.Tensor], ids: tuple[str, ...], length: int | None
+    ) -> Batch:
+        num_tokens = sum(document.num_tokens for document in documents)
+        # A filler keeps ranks in step: it runs the same layers and adds exactly nothing to loss and gradient.
+        num_padding = max(1 if num_tokens == 0 else 0, (length or 0) - num_tokens)
+        if num_padding:
+            none = np.zeros(num_padding, dtype=np.bool_)
+            documents = [*documents, Encoded(np.zeros(num_padding, dtype=np.int64), none, none, ())]
         starts = np.cumsum([0, *(document.num_tokens for document in documents)])
         grids = [grid for document in documents for grid in document.grids]
         input_ids = np.concatenate([document.input_ids for document in documents])
@@ -156,6 +167,7 @@ class Collator:
             pixel_values=self._cat(pixels),
             image_grids=torch.tensor([(grid.t, grid.h, grid.w) for grid in grids], dtype=torch.int64).reshape(-1, 3),
             example_ids=ids,
+            num_padding=num_padding,
         )
 
 

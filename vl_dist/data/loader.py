@@ -15,11 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vl_dist.data.collate import Batch, Collator
 from vl_dist.data.lengths import Lengths
-from vl_dist.data.plan import Assignment, Step, assign
+from vl_dist.data.plan import Step, assign, pack_lengths, padded_length
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
 
-Pack = tuple[int, ...]
 T = TypeVar("T")
 
 
@@ -40,26 +39,33 @@ class StepPacks:
     packs: tuple[Batch, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PackRequest:
+    """What a worker is asked for."""
+
+    examples: tuple[int, ...]  # indices
+    length: int | None  # tokens to pad up to
+
+
 class _Packs(Dataset["Batch | UserError"]):
     def __init__(self, examples: Sequence[Example], collator: Collator) -> None:
         self._examples = examples
         self._collator = collator
 
-    def __getitem__(self, pack: Pack) -> Batch | UserError:
+    def __getitem__(self, request: PackRequest) -> Batch | UserError:
         # An error goes back as a value: torch would wrap an exception in the worker's traceback.
         try:
-            return self._collator.pack([self._examples[n] for n in pack])
+            return self._collator.pack([self._examples[n] for n in request.examples], length=request.length)
         except UserError as error:
             return error
 
 
-class _PlanOrder(Sampler[Pack]):
-    def __init__(self, assignments: Iterator[Assignment], rank: int) -> None:
-        self._assignments = assignments
-        self._rank = rank
+class _PlanOrder(Sampler[PackRequest]):
+    def __init__(self, requests: Iterator[PackRequest]) -> None:
+        self._requests = requests
 
-    def __iter__(self) -> Iterator[Pack]:
-        return (pack for assignment in self._assignments for pack in assignment.packs[self._rank])
+    def __iter__(self) -> Iterator[PackRequest]:
+        return self._requests
 
 
 def load_steps(
@@ -69,6 +75,7 @@ def load_steps(
     rank: int,
     world_size: int,
     max_tokens: int,
+    num_pack_lengths: int | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[StepPacks]:
@@ -77,6 +84,7 @@ def load_steps(
     Args:
         steps: what is left of the plan; drawn only as far ahead as the workers are.
         max_tokens: most tokens in a pack.
+        num_pack_lengths: packs are padded up to one of so many lengths; None: not padded.
         num_workers: processes; 0 builds packs in this one.
         pin_memory: for faster copies to a CUDA device.
 
@@ -85,9 +93,15 @@ def load_steps(
     """
     planned = ((step, assign(step, data.lengths, world_size=world_size, max_tokens=max_tokens)) for step in steps)
     ahead, here = itertools.tee(planned)
+    allowed = pack_lengths(max_tokens, num_pack_lengths) if num_pack_lengths is not None else None
+    requests = (
+        PackRequest(pack, padded_length(int(data.lengths.tokens[list(pack)].sum()), allowed) if allowed else None)
+        for _, assignment in ahead
+        for pack in assignment.packs[rank]
+    )
     loader = DataLoader(
         _Packs(data.examples, data.collator),
-        sampler=_PlanOrder((assignment for _, assignment in ahead), rank),
+        sampler=_PlanOrder(requests),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vl_dist.data.loader import LoadedData, load_steps
-from vl_dist.data.plan import plan_epoch
+from vl_dist.data.plan import cost, plan_epoch
 from vl_dist.data.records import Example, Message
 from vl_dist.evaluate.decode import Prompt, generate
 from vl_dist.evaluate.scores import exact_match
@@ -100,7 +100,8 @@ def write_samples(directory: Path, step: int, samples: Sequence[Sample]) -> None
 
 def _mean_loss(model: PackedModel, data: LoadedData, ranks: Ranks, *, max_tokens: int) -> float:
     """Cross entropy per target (all ranks)."""
-    steps = plan_epoch(len(data.examples), 64, seed=0, epoch=0, shuffle=False)
+    costs = cost(data.lengths.tokens, data.lengths.patches)
+    steps = plan_epoch(costs, 64, seed=0, epoch=0, shuffle=False)
     loaded = load_steps(steps, data, rank=ranks.rank, world_size=ranks.world_size, max_tokens=max_tokens)
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for step in loaded:

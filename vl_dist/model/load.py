@@ -13,7 +13,7 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalG
 from vl_dist.data.images import PatchShape
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend
-from vl_dist.settings import LoraSettings, ModelConfig
+from vl_dist.settings import LoraSettings
 
 
 def resolve_dtype(
@@ -31,53 +31,6 @@ def resolve_dtype(
             "then takes twice the memory, so lower batch.max_tokens_per_pack if it does not fit."
         )
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-
-
-def find_model(model: ModelConfig) -> Path:
-    """The directory with the model's files, fetched from the hub if that is where it comes from.
-
-    Raises:
-        UserError: no such directory, or the hub did not give the files.
-    """
-    if model.hub == "local":
-        directory = Path(model.path)
-        if not (directory / "config.json").is_file():
-            raise UserError(
-                f"model.path is {model.path}, but {directory / 'config.json'} does not exist. Give the directory of a "
-                "downloaded model, or set model.hub=modelscope or model.hub=huggingface to fetch it."
-            )
-        return directory
-    if model.hub == "huggingface":
-        return _from_huggingface(model)
-    return _from_modelscope(model)
-
-
-def _from_huggingface(model: ModelConfig) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model.path, revision=model.revision))
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        raise _not_fetched(model, error) from None
-
-
-def _from_modelscope(model: ModelConfig) -> Path:
-    from modelscope import snapshot_download
-    from modelscope.hub.errors import HTTPError, InvalidParameter, NotExistError, RequestError
-
-    try:
-        return Path(snapshot_download(model.path, revision=model.revision))
-    except (OSError, ValueError, HTTPError, InvalidParameter, NotExistError, RequestError) as error:
-        raise _not_fetched(model, error) from None
-
-
-def _not_fetched(model: ModelConfig, error: Exception) -> UserError:
-    revision = f" at revision {model.revision}" if model.revision else ""
-    return UserError(
-        f"{model.path}{revision} could not be fetched from {model.hub} ({type(error).__name__}: {error}). Check the name, "
-        "the revision and the network, or download the model elsewhere and set model.hub=local model.path=DIRECTORY."
-    )
 
 
 def load_processor(directory: Path) -> Any:

@@ -91,7 +91,7 @@ class Meter:
         """Begins a row now."""
         self._loss_sum: torch.Tensor | None = None
         self._grad_norm: torch.Tensor | None = None
-        self._examples = self._images = self._tokens = self._fillers = self._targets = 0
+        self._examples = self._images = self._tokens = self._padding = self._targets = 0
         self._data_wait_s = 0.0
         self._started = time.perf_counter()
 
@@ -111,16 +111,16 @@ class Meter:
             self._examples += len(pack.example_ids)
             self._images += pack.num_images
             self._tokens += pack.num_tokens
-            self._fillers += 0 if pack.example_ids else pack.num_tokens
+            self._padding += pack.num_padding
             self._targets += pack.num_targets
 
     def row(self) -> dict[str, Any]:
         """The columns of metrics.jsonl since the last row, over all ranks; starts the next one (all ranks)."""
         assert self._loss_sum is not None and self._grad_norm is not None, "a row needs at least one step"
-        counts = [self._examples, self._images, self._tokens, self._fillers, self._targets]
+        counts = [self._examples, self._images, self._tokens, self._padding, self._targets]
         sums = torch.tensor([*counts, 0.0], dtype=torch.float64, device=self._ranks.device)
         sums[-1] = self._loss_sum.double()
-        examples, images, tokens, fillers, targets, loss = self._ranks.sum(sums).tolist()
+        examples, images, tokens, padding, targets, loss = self._ranks.sum(sums).tolist()
         seconds = time.perf_counter() - self._started
         row = {
             "train/loss": loss / max(1.0, targets),
@@ -129,8 +129,8 @@ class Meter:
             "perf/examples_per_s": examples / seconds,
             "perf/images_per_s": images / seconds,
             "perf/target_tokens_per_s": targets / seconds,
-            "perf/tokens_per_s": (tokens - fillers) / seconds,
-            "perf/padding": fillers / max(1.0, tokens),
+            "perf/tokens_per_s": (tokens - padding) / seconds,
+            "perf/padding": padding / max(1.0, tokens),
             "perf/data_wait_s": self._data_wait_s,
             "perf/peak_memory_gib": peak_memory_gib(self._ranks.device),
         }
