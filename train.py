@@ -15,8 +15,10 @@ from vl_dist.config import help_text, load, split_words
 from vl_dist.data.collate import Batch
 from vl_dist.data.loader import StepPacks, load_steps, timed
 from vl_dist.data.plan import cost, num_steps_per_epoch, plan_run, total_steps
+from vl_dist.data.validate import BAD_ROWS, write_bad_rows
 from vl_dist.errors import UserError
 from vl_dist.evaluate.held_out import evaluate, write_samples
+from vl_dist.model.flops import FlopCounter, read_shape
 from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel, out_of_memory_named
@@ -47,6 +49,7 @@ class Run:
     wrapped: nn.Module  # what accelerate made of it, for training
     optimizer: torch.optim.Optimizer
     record: Record
+    flops: FlopCounter
     first_step: int  # steps done before
     num_steps: int  # steps of the whole run
 
@@ -78,7 +81,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     config, ranks, num_steps = run.config, run.ranks, run.num_steps
     if run.first_step == 0:
         run.record.metrics(evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
-    meter = Meter(ranks)
+    meter = Meter(ranks, run.flops, peak_flops=ranks.peak_flops(config.log.peak_tflops))
     for share, waited_s in timed(remaining_steps(run)):
         done = ending.step = share.step.number + 1
         lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
@@ -164,8 +167,8 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
 def save(run: Run, step: int) -> None:
     """A checkpoint of this step (all ranks; the main process writes, the others wait for it)."""
     if run.ranks.is_main:
-        examples = min(step * run.config.batch.examples_per_step, step * len(run.data.train.examples))
-        state = TrainState(step=step, num_steps=run.num_steps, epoch=step / steps_per_epoch(run), examples=examples)
+        epoch = step / steps_per_epoch(run)
+        state = TrainState(step=step, num_steps=run.num_steps, epoch=epoch, data=run.data.train.fingerprint)
         root = run.config.run.output_dir / "checkpoints"
         save_checkpoint(root, run.model, run.optimizer, state, keep=run.config.checkpoint.keep)
     run.ranks.wait()
@@ -182,10 +185,15 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         ranks.on_main(lambda: make_shapes(shapes))
     model_dir = ranks.on_main(lambda: find_model(config.model))
     processor = load_processor(model_dir)
-    data = load_data(config, processor, patch_shape(model_dir, processor))
+    data = load_data(config, processor, patch_shape(model_dir, processor), ranks)
     model = load_model(config, model_dir, ranks.device)
     optimizer = make_optimizer(model.lora_parameters.values(), config.optim)
     state = load_checkpoint(start.checkpoint, model, optimizer) if start.checkpoint is not None else None
+    if state is not None and state.data != data.train.fingerprint and not config.run.allow_changes:
+        raise UserError(
+            f"The training examples are others than those of {start.checkpoint}: records or images changed since. Restore "
+            "them, give another run.output_dir, or set run.allow_changes=true to go on with the new ones."
+        )
     wrapped = ranks.accelerator.prepare_model(model)
     num_steps = total_steps(
         len(data.train.examples), config.batch.examples_per_step, config.optim.num_epochs, config.optim.max_steps
@@ -193,8 +201,10 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
     first_step = state.step if state is not None else 0
     if ranks.is_main:
         directory.begin(config, start)
+        write_bad_rows(config.run.output_dir / BAD_ROWS, data.bad)
     ranks.wait()
     record = Record(config.run.output_dir, is_main=ranks.is_main, keep_to_step=first_step, data=data.train)
+    record.dropped(data.dropped)
     return Run(
         config=config,
         ranks=ranks,
@@ -205,6 +215,7 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         wrapped=wrapped,
         optimizer=optimizer,
         record=record,
+        flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
         first_step=first_step,
         num_steps=num_steps,
     )

@@ -10,6 +10,9 @@ set -u
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python}
+# On a CPU: threads that wait must sleep. Spinning ones take the cores from loader workers and from other programs, and a
+# step then takes ten times as long.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 launcher=()
 while [ $# -gt 0 ] && [ "${1#--}" != "$1" ]; do
   if [ $# -lt 2 ]; then

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def run_command(*words: str | Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     """Runs a command of this project from its root and waits for it."""
-    environment = os.environ | {"PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(
         [str(word) for word in words],
         cwd=ROOT,

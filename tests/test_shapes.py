@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vl_dist.data.records import read_records
+from vl_dist.data.record_files import read_records
 from vl_dist.errors import UserError
 from vl_dist.evaluate.scores import exact_match
 from vl_dist.settings import ShapesConfig

@@ -7,18 +7,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vl_dist.config import dump, keys, load, split_words, value_at
+from vl_dist.data.sources.command import add_command
 from vl_dist.errors import UserError
 
 
 def main(words: Sequence[str]) -> int:
     """Runs one command; a user's error is one message on standard error and code 2."""
-    arguments = _parser().parse_args(words)
+    arguments = _parse(words)
     try:
         arguments.run(arguments)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments; settings may stand before and after options, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.words += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,10 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--json", action="store_true", help="one JSON object an image instead of text")
     predict.set_defaults(run=_predict)
 
+    check = commands.add_parser("validate", help="read every record and image header, and report what cannot be used")
+    check.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="as for train.py")
+    check.add_argument("--out", type=Path, help="the report (default: bad_rows.jsonl in the training records' folder)")
+    check.add_argument("--decode", action="store_true", help="decode every image too, to find those that are cut short")
+    check.set_defaults(run=_validate)
+
     show = commands.add_parser("settings", help="print the resolved settings of a recipe, or one of them")
     show.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="as for train.py")
     show.add_argument("--key", help="print only the value of this key")
     show.set_defaults(run=_settings)
+    add_command(commands)
     return parser
 
 
@@ -55,6 +74,13 @@ def _predict(arguments: argparse.Namespace) -> None:
         )
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    from vl_dist.data.validate_command import validate
+
+    recipe, words = split_words(arguments.words)
+    validate(load(recipe, words), out=arguments.out, decode=arguments.decode)
 
 
 def _settings(arguments: argparse.Namespace) -> None:

@@ -62,6 +62,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.resized_width": _at_least(1),
     "data.min_pixels": _at_least(1),
     "data.max_pixels": _at_least(1),
+    "data.max_bad_fraction": ((lambda value: 0 <= value <= 1), "must be from 0 to 1"),
+    "data.max_image_bytes": _at_least(1),
     "data.bucket_steps": _at_least(1),
     "data.num_workers": _at_least(0),
     "batch.examples_per_step": _at_least(1),
@@ -80,6 +82,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.max_new_tokens": _at_least(1),
     "eval.num_shown": _at_least(0),
     "log.every_steps": _at_least(1),
+    "log.peak_tflops": _above(0),
     "run.cpu_threads": _at_least(1),
 }
 
@@ -268,6 +271,10 @@ def _check_rules(config: Config) -> None:
         )
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         raise UserError(f"data.min_pixels ({data.min_pixels}) is above data.max_pixels ({data.max_pixels}).")
+    if data.overflow == "shrink_images" and data.resized_height is not None:
+        raise UserError(
+            "data.overflow=shrink_images makes images smaller, but data.resized_height/resized_width fix their size."
+        )
     if data.eval is not None and data.eval.startswith("last:"):
         held_out_count(data.eval)
 

@@ -65,6 +65,15 @@ class DataConfig:
     end_token: str | None = key(
         None, "token that ends the last answer; null: the chat template's own (earlier turns always keep it)"
     )
+    overflow: Literal["error", "drop", "shrink_images"] = key(
+        "error", "an example longer than a pack: refuse to start, leave it out, or make its images smaller until it fits"
+    )
+    max_bad_fraction: float = key(
+        0.01, "records of a file that may be unusable; more: refuse to start", "fraction", trains=False
+    )
+    max_image_bytes: int = key(50 * 2**20, "larger image files are not used", "bytes")
+    allow_urls: bool = key(False, "images may be http(s) URLs, each downloaded once; false: they are not used")
+    url_cache: Path = key(Path("data/url_cache"), "folder that keeps downloaded images", trains=False)
     shuffle: bool = key(True, "shuffle examples anew each epoch; false: steps are consecutive examples")
     bucket_steps: int = key(
         8, "steps whose shuffled examples are sorted by cost before they are cut into steps; 1: none", "steps"
@@ -119,6 +128,9 @@ class LogConfig:
     """What is written down while training."""
 
     every_steps: int = key(10, "steps between rows of metrics.jsonl", "steps", trains=False)
+    peak_tflops: float | None = key(
+        None, "dense peak of one device, for perf/mfu; null: by its name, and none on a CPU", "TFLOP/s", trains=False
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,17 +12,15 @@ from qwen_vl_utils.vision_process import fetch_image
 from qwen_vl_utils.vision_process import smart_resize as upstream_smart_resize
 
 from vl_dist.data import images
+from vl_dist.data.image_files import load_image, read_size, resolve_path
 from vl_dist.data.images import (
     Grid,
     ImageError,
     PatchShape,
     PixelBudget,
     grid_of,
-    load_image,
     patches_of,
-    read_size,
     resize_image,
-    resolve_path,
     smart_resize,
 )
 

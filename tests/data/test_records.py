@@ -1,11 +1,13 @@
 """Records: both input formats, and each way a line can be wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vl_dist.data.record_files import BadRow, read_records, read_rows, split_held_out
 from vl_dist.data.records import (
     ImagePart,
     Message,
@@ -15,8 +17,6 @@ from vl_dist.data.records import (
     parse_messages,
     parse_record,
     parse_tutorial,
-    read_records,
-    split_held_out,
     usual_prompt,
     with_images,
 )
@@ -102,8 +102,52 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
 def test_an_id_used_twice_is_named_with_both_places(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text((json.dumps(record()) + "\n") * 2)
-    with pytest.raises(UserError, match=r"'r1' of line 2 .* line 1"):
+    with pytest.raises(UserError, match=r"line 2 .*'r1' was used before, in line 1"):
         read_records(path, default_prompt="")
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "reason"),
+    [
+        (b'{"id": "x", "messages": ', None, "not valid JSON"),
+        (b'{"id": "x", "messages": []}', "x", "at least one message"),
+        (b"[1, 2]", None, "JSON object"),
+        (b"\xff\xfe", None, "JSON|UTF-8"),
+        (b'{"id": "x", "messages": "\xe9"}', None, "not UTF-8 text"),
+        (b"[" * 100_000, None, "cannot be read|not valid JSON"),
+        (b'{"id": ' + b"9" * 5000 + b"}", None, "cannot be read"),
+        (
+            json.dumps(record(id="x", messages=[USER, {"role": "assistant", "content": "\ud83d"}])).encode(),
+            None,
+            "surrogate",
+        ),
+        (json.dumps(record(id="r1")).encode(), "r1", "used before, in line 1"),
+    ],
+    ids=["cut", "no message", "list", "UTF-16", "Latin-1", "nested", "huge number", "half a character", "id twice"],
+)
+def test_a_row_that_is_no_record_is_left_out_and_the_others_stay(
+    tmp_path: Path, line: bytes, name: str | None, reason: str
+) -> None:
+    path = tmp_path / "records.jsonl"
+    good = [json.dumps(record(id=name)).encode() for name in ("r1", "r2")]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join([good[0], line, good[1]]) + b"\r\n\n")
+    first, bad, last = read_rows(path, default_prompt="")
+    assert isinstance(bad, BadRow)
+    assert (first.id, bad.id, last.id) == ("r1", name, "r2")
+    assert bad.place == f"{path}, line 2"
+    assert re.search(reason, bad.reason)
+
+
+def test_a_bad_conversation_of_the_tutorials_file_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "data_vl.json"
+    good = tutorial_row("COCO Yes: <|vision_start|>x/1.jpg<|vision_end|>")
+    path.write_text(json.dumps([good, {"id": "bad"}, 3, good]))
+    rows = read_rows(path, default_prompt="")
+    assert [isinstance(one, BadRow) for one in rows] == [False, True, True, True]
+    assert [one.id for one in rows[1:]] == ["bad", None, rows[0].id]
+    path.write_bytes(b'["\xe9"]')
+    with pytest.raises(UserError, match="UTF-8"):
+        read_rows(path, default_prompt="")
 
 
 def test_an_empty_or_absent_file_is_refused(tmp_path: Path) -> None:

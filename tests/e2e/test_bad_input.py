@@ -244,7 +244,7 @@ def test_a_line_that_is_no_record_is_named_by_file_and_number(
         ("../records.jsonl", ["outside data.image_root"]),
         ("/etc/hostname", ["outside data.image_root"]),
         ("https://example.com/cat.jpg", ["URL", "download"]),
-        ("data:image/jpeg;base64," + "QUJD" * 200, ["give its path"]),
+        ("data:image/jpeg;base64," + "QUJD" * 2000, ["give its path"]),
         ("cat\x00.jpg", ["no such file"]),
         ("notes.jpg", ["cannot be read as an image"]),
         ("empty.jpg", ["cannot be read as an image"]),

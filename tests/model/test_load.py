@@ -12,7 +12,6 @@ from peft import PeftModel
 from tests.examples import SEVEN, packed_model
 from vl_dist.data.collate import Collator
 from vl_dist.errors import UserError
-from vl_dist.model.hub import find_model
 from vl_dist.model.load import (
     adapter_state,
     attach_lora,
@@ -24,7 +23,7 @@ from vl_dist.model.load import (
 )
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.checkpoint import save_adapter
-from vl_dist.settings import LoraSettings, ModelConfig
+from vl_dist.settings import LoraSettings
 
 
 @pytest.mark.parametrize(
@@ -116,20 +115,6 @@ def test_renamed_keys_are_refused_and_never_the_base_in_disguise(tiny_model: Pat
     save_file({"module." + name: tensor for name, tensor in load_file(path).items()}, path)
     with pytest.raises(UserError, match="other layers"):
         load_adapter_weights(model.peft_model, tmp_path)
-
-
-def test_a_model_directory_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.hub=modelscope"):
-        find_model(ModelConfig(path=str(tmp_path / "absent")))
-
-
-@pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
-def test_a_hub_that_cannot_be_reached_is_one_message(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("MODELSCOPE_DOMAIN", "127.0.0.1:9")
-    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"org/model.*could not be fetched.*model\.hub=local"):
-        find_model(ModelConfig(path="org/model", hub=hub))
 
 
 @pytest.mark.parametrize(

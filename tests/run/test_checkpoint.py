@@ -17,7 +17,7 @@ from vl_dist.run.checkpoint import TrainState, damage, find_checkpoint, load_che
 from vl_dist.run.optim import make_optimizer
 from vl_dist.settings import OptimConfig
 
-STATE = TrainState(step=1, num_steps=9, epoch=0.5, examples=7)
+STATE = TrainState(step=1, num_steps=9, epoch=0.5, data="d")
 
 
 def trained(tiny_model: Path, collator: Collator, *, r: int = 4) -> tuple[PackedModel, torch.optim.Optimizer]:
@@ -77,7 +77,7 @@ def test_any_damaged_file_makes_the_one_before_the_newest(
 ) -> None:
     model, optimizer = trained(tiny_model, collator)
     whole = save_checkpoint(tmp_path, model, optimizer, STATE, keep=None)
-    newer = save_checkpoint(tmp_path, model, optimizer, TrainState(step=2, num_steps=9, epoch=1, examples=14), keep=None)
+    newer = save_checkpoint(tmp_path, model, optimizer, TrainState(step=2, num_steps=9, epoch=1, data="d"), keep=None)
     backup = shutil.copytree(newer, tmp_path / "backup")
     assert find_checkpoint(tmp_path) == (newer, [])
     for name in sorted(file.name for file in backup.iterdir()):
@@ -96,7 +96,7 @@ def test_what_a_kill_leaves_behind_is_not_taken_for_a_checkpoint(
 ) -> None:
     model, optimizer = trained(tiny_model, collator)
     whole = save_checkpoint(tmp_path, model, optimizer, STATE, keep=None)
-    later = TrainState(step=2, num_steps=9, epoch=1, examples=14)
+    later = TrainState(step=2, num_steps=9, epoch=1, data="d")
     for point in ("save_adapter", "save_file", "_write_manifest", "_point"):
         with monkeypatch.context() as patch:
             patch.setattr(f"vl_dist.run.checkpoint.{point}", killed)
@@ -112,7 +112,7 @@ def test_what_a_kill_leaves_behind_is_not_taken_for_a_checkpoint(
 def test_old_checkpoints_go_and_the_pinned_ones_stay(tiny_model: Path, collator: Collator, tmp_path: Path) -> None:
     model, optimizer = trained(tiny_model, collator)
     for number in range(1, 6):
-        save_checkpoint(tmp_path, model, optimizer, TrainState(step=number, num_steps=9, epoch=1, examples=7), keep=2)
+        save_checkpoint(tmp_path, model, optimizer, TrainState(step=number, num_steps=9, epoch=1, data="d"), keep=2)
         if number == 1:
             (tmp_path / "best").symlink_to("step-000001")
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000001", "step-000004", "step-000005"]

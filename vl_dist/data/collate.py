@@ -16,17 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from vl_dist.data.encode import Encoded, Encoder
-from vl_dist.data.images import (
-    Grid,
-    ImageError,
-    PatchShape,
-    PixelBudget,
-    grid_of,
-    load_image,
-    patches_of,
-    resolve_path,
-    to_user_error,
-)
+from vl_dist.data.image_files import DEFAULT_LIMITS, ImageLimits, load_image, resolve_path
+from vl_dist.data.images import Grid, ImageError, PatchShape, PixelBudget, grid_of, patches_of, to_user_error, within
 from vl_dist.data.positions import mrope_positions
 from vl_dist.data.records import Example, Message
 
@@ -48,6 +39,8 @@ class Batch:
     image_grids: torch.Tensor  # [I, 3] int64: temporal, rows, columns in patches
     example_ids: tuple[str, ...]
     num_padding: int  # tokens at the end that belong to no example
+    document_tokens: tuple[int, ...]  # tokens of each example
+    image_patches: tuple[int, ...]  # patches of each image
 
     @property
     def num_tokens(self) -> int:
@@ -86,20 +79,29 @@ class Collator:
     """Decodes, encodes and packs examples. One copy lives in every loader worker."""
 
     def __init__(
-        self, encoder: Encoder, image_processor: Any, *, root: Path, budget: PixelBudget, shape: PatchShape
+        self,
+        encoder: Encoder,
+        image_processor: Any,
+        *,
+        root: Path,
+        budget: PixelBudget,
+        shape: PatchShape,
+        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         """
         Args:
             encoder: text to tokens.
             image_processor: normalises and cuts images; its patch and merge sizes are `shape`'s.
             root: image paths are relative to it.
-            budget: the size of every image.
+            budget: the size of every image, but of those whose example has a smaller one of its own.
+            limits: which files are accepted.
         """
         self.encoder = encoder
         self.budget = budget
         self.shape = shape
         self._image_processor = image_processor
         self._root = root
+        self._limits = limits
         temporal = image_processor.temporal_patch_size
         self._patch_values = 3 * temporal * shape.patch_size**2
 
@@ -114,7 +116,8 @@ class Collator:
         """
         documents, pixels = [], []
         for example in examples:
-            images = [self._patches(path, example.id) for path in example.image_paths]
+            budget = within(self.budget, example.max_pixels)
+            images = [self._patches(path, example.id, budget) for path in example.image_paths]
             documents.append(self.encoder.encode(example, [grid for _, grid in images]))
             pixels += [values for values, _ in images]
         return self._join(documents, pixels, tuple(example.id for example in examples), length)
@@ -125,17 +128,17 @@ class Collator:
         Raises:
             UserError: an image cannot be used; the message has `name` in it.
         """
-        images = [self._patches(path, name) for path in image_paths]
+        images = [self._patches(path, name, self.budget) for path in image_paths]
         encoded = self.encoder.encode_prompt(messages, [grid for _, grid in images])
         return encoded, self._cat([values for values, _ in images])
 
-    def _patches(self, path: str, example_id: str) -> tuple[torch.Tensor, Grid]:
+    def _patches(self, path: str, example_id: str, budget: PixelBudget) -> tuple[torch.Tensor, Grid]:
         try:
-            image = load_image(resolve_path(path, self._root))
-            pixels, grid = patches_of(image, self.budget, self.shape, self._image_processor)
+            image = load_image(resolve_path(path, self._root, self._limits))
+            pixels, grid = patches_of(image, budget, self.shape, self._image_processor)
         except ImageError as error:
             raise to_user_error(error, path, example_id) from None
-        assert grid == grid_of(image.height, image.width, self.budget, self.shape), "header and image disagree"
+        assert grid == grid_of(image.height, image.width, budget, self.shape), "header and image disagree"
         return pixels, grid
 
     def _cat(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -168,6 +171,8 @@ class Collator:
             image_grids=torch.tensor([(grid.t, grid.h, grid.w) for grid in grids], dtype=torch.int64).reshape(-1, 3),
             example_ids=ids,
             num_padding=num_padding,
+            document_tokens=tuple(document.num_tokens for document in documents[: len(ids)]),
+            image_patches=tuple(grid.num_patches for grid in grids),
         )
 
 

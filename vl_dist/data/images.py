@@ -1,4 +1,4 @@
-"""Images: from a path in a record to patches, with one pixel budget.
+"""Images: from upright pixels to patches, with one pixel budget.
 
 The size rule is that of `qwen_vl_utils.smart_resize`, restated here so that lengths can be computed from an image's
 header alone, without torch. Pixels go through `qwen_vl_utils.fetch_image` itself where it is installed.
@@ -7,19 +7,17 @@ header alone, without torch. Pixels go through `qwen_vl_utils.fetch_image` itsel
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from vl_dist.errors import UserError
 
 MIN_TOKENS_PER_IMAGE = 4  # qwen_vl_utils.vision_process.IMAGE_MIN_TOKEN_NUM
 MAX_TOKENS_PER_IMAGE = 16384  # qwen_vl_utils.vision_process.IMAGE_MAX_TOKEN_NUM
 MAX_ASPECT_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO
-EXIF_ORIENTATION = 0x0112
-EXIF_SIDEWAYS = (5, 6, 7, 8)
+SHOWN_OF_PATH = 120  # characters of a path in a message: some "paths" are whole images in base64
 
 
 class ImageError(ValueError):
@@ -52,6 +50,11 @@ class PixelBudget:
     max_pixels: int | None = None
 
 
+def within(budget: PixelBudget, max_pixels: int | None) -> PixelBudget:
+    """The budget with another upper bound; None: as it is."""
+    return budget if max_pixels is None else replace(budget, max_pixels=max_pixels)
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Patches of one image: temporal, rows, columns."""
@@ -78,8 +81,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     Raises:
         ImageError: one side is more than 200 times the other.
     """
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ImageError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+    _check_aspect(height, width)
     rows = max(factor, round(height / factor) * factor)
     columns = max(factor, round(width / factor) * factor)
     if rows * columns > max_pixels:
@@ -99,15 +101,21 @@ def target_size(height: int, width: int, budget: PixelBudget, shape: PatchShape)
     Raises:
         ImageError: the size rule cannot be kept.
     """
-    low, high = MIN_TOKENS_PER_IMAGE * shape.factor**2, MAX_TOKENS_PER_IMAGE * shape.factor**2
+    low, high = area_bounds(budget, shape)
     if budget.resized_height is not None and budget.resized_width is not None:
+        _check_aspect(height, width)
         return smart_resize(budget.resized_height, budget.resized_width, shape.factor, low, high)
-    low = low if budget.min_pixels is None else budget.min_pixels
-    high = high if budget.max_pixels is None else budget.max_pixels
     rows, columns = smart_resize(height, width, shape.factor, low, high)
     if rows == 0 or columns == 0:
         raise ImageError(f"{width}x{height} pixels is too narrow for data.max_pixels={high}")
     return rows, columns
+
+
+def area_bounds(budget: PixelBudget, shape: PatchShape) -> tuple[int, int]:
+    """Least and most area of a resized image in pixels; qwen_vl_utils' own where the budget has none."""
+    high = budget.max_pixels or MAX_TOKENS_PER_IMAGE * shape.factor**2
+    low = budget.min_pixels or min(high, MIN_TOKENS_PER_IMAGE * shape.factor**2)
+    return low, high
 
 
 def grid_of(height: int, width: int, budget: PixelBudget, shape: PatchShape) -> Grid:
@@ -120,53 +128,8 @@ def grid_of(height: int, width: int, budget: PixelBudget, shape: PatchShape) -> 
     return Grid(1, rows // shape.patch_size, columns // shape.patch_size)
 
 
-def resolve_path(path: str, root: Path) -> Path:
-    """The file a record names.
-
-    Raises:
-        ImageError: a URL, a path that leaves the image root, or no file there.
-    """
-    if "://" in path:
-        raise ImageError("URLs are not fetched; download the image and give its path")
-    found = (root / path).resolve()
-    if not found.is_relative_to(root.resolve()):
-        raise ImageError(f"the path leads outside data.image_root ({root})")
-    if not found.is_file():
-        raise ImageError(f"there is no such file under data.image_root ({root})")
-    return found
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """Upright height and width in pixels, from the header alone.
-
-    Raises:
-        ImageError: not an image that Pillow can open.
-    """
-    try:
-        with Image.open(path) as image:
-            sideways = image.getexif().get(EXIF_ORIENTATION) in EXIF_SIDEWAYS
-            width, height = image.size
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot be read as an image ({error})") from None
-    return (width, height) if sideways else (height, width)
-
-
-def load_image(path: Path) -> Image.Image:
-    """The upright image, decoded.
-
-    Raises:
-        ImageError: cut short, damaged, or not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot be decoded ({error})") from None
-
-
 def resize_image(image: Image.Image, budget: PixelBudget, shape: PatchShape) -> Image.Image:
-    """The image as RGB in its target size, pixel for pixel what `qwen_vl_utils.fetch_image` gives.
+    """The RGB image in its target size, pixel for pixel what `qwen_vl_utils.fetch_image` gives.
 
     Raises:
         ImageError: the size rule cannot be kept.
@@ -174,10 +137,13 @@ def resize_image(image: Image.Image, budget: PixelBudget, shape: PatchShape) -> 
     rows, columns = target_size(image.height, image.width, budget, shape)
     fetch = _qwen_fetch_image()
     if fetch is None:
-        return _to_rgb(image).resize((columns, rows), Image.Resampling.BICUBIC)
-    resized: Image.Image = fetch(
-        {"image": image, "resized_height": rows, "resized_width": columns}, image_patch_size=shape.patch_size
-    )
+        return image.resize((columns, rows), Image.Resampling.BICUBIC)
+    if budget.resized_height is not None:
+        wanted = {"resized_height": budget.resized_height, "resized_width": budget.resized_width}
+    else:  # the bounds, not the size that follows from them: to that, the library would apply its own bounds again
+        wanted = dict(zip(("min_pixels", "max_pixels"), area_bounds(budget, shape), strict=True))
+    resized: Image.Image = fetch({"image": image, **wanted}, image_patch_size=shape.patch_size)
+    assert resized.size == (columns, rows), f"qwen_vl_utils resized to {resized.size}, the rule says {(columns, rows)}"
     return resized
 
 
@@ -200,23 +166,26 @@ def patches_of(image: Image.Image, budget: PixelBudget, shape: PatchShape, image
     return made["pixel_values"], grid
 
 
+def named(error: ImageError, path: str) -> str:
+    """An image's fault with the path that the record gives."""
+    shown = path if len(path) <= SHOWN_OF_PATH else path[:SHOWN_OF_PATH] + "..."
+    return f"image {shown}: {error}"
+
+
 def to_user_error(error: ImageError, path: str, example_id: str) -> UserError:
     """An image's fault as a message that names the image and the record."""
-    return UserError(f"Example {example_id}: image {path}: {error}. Mend or remove the record.")
+    return UserError(f"Example {example_id}: {named(error, path)}. Mend or remove the record.")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGBA":
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    return image.convert("RGB")
+def _check_aspect(height: int, width: int) -> None:
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ImageError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
 
 
 @functools.cache
 def _qwen_fetch_image() -> Callable[..., Image.Image] | None:
     try:
         from qwen_vl_utils.vision_process import fetch_image
-    except ImportError:  # some GPU images lack it; _to_rgb and bicubic are the same operations
+    except ImportError:  # some GPU images lack it; bicubic is the same operation
         return None
     return fetch_image  # type: ignore[no-any-return]

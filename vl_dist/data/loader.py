@@ -4,6 +4,7 @@ Workers get lists of indices and return `Batch`es. They draw nothing at random a
 workers gives the same packs.
 """
 
+import hashlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,13 @@ class LoadedData:
     examples: Sequence[Example]
     lengths: Lengths
     collator: Collator
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of ids and sizes: what the plan of a run follows from, beside its settings."""
+        found = hashlib.sha256("\n".join(example.id for example in self.examples).encode())
+        found.update(self.lengths.tokens.tobytes() + self.lengths.targets.tobytes() + self.lengths.patches.tobytes())
+        return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Step:
     number: int
     epoch: int
     examples: NDArray[np.int64]  # indices of examples
+    ends_epoch: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def plan_epoch(
     if num_full * examples_per_step < num_examples:
         groups.append(order[num_full * examples_per_step :])
     first = epoch * len(groups)
-    return [Step(first + n, epoch, group) for n, group in enumerate(groups)]
+    return [Step(first + n, epoch, group, n == len(groups) - 1) for n, group in enumerate(groups)]
 
 
 def plan_run(

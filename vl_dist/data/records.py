@@ -1,15 +1,14 @@
-"""Records: what a line of input says, before any token or pixel.
+"""Records: what a line of input says, before any token or pixel. `vl_dist.data.record_files` reads files of them.
 
-Two formats are read: `records.jsonl` (one object a line: id, messages, optionally answers) and the tutorial's
+Two formats are known: `records.jsonl` (one object a line: id, messages, optionally answers) and the tutorial's
 `data_vl.json` (a list of two-turn conversations, the image path between vision marks). Both become `Record`s, and every
 answer of a record becomes an `Example`: the unit that steps, speeds and the ledger count.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vl_dist.errors import UserError
@@ -55,6 +54,7 @@ class Record:
     prompt: tuple[Message, ...]
     answers: tuple[str, ...]
     single: bool  # the answer stood in the messages; then the example's id is the record's
+    place: str = field(default="", compare=False)  # file and line, for messages
 
     @property
     def image_paths(self) -> tuple[str, ...]:
@@ -69,6 +69,7 @@ class Example:
     id: str
     prompt: tuple[Message, ...]
     answer: str
+    max_pixels: int | None = None  # a smaller bound on its images than the run's, so that it fits into a pack
 
     @property
     def image_paths(self) -> tuple[str, ...]:
@@ -83,63 +84,6 @@ def examples_of(records: Iterable[Record]) -> list[Example]:
         for record in records
         for k, answer in enumerate(record.answers)
     ]
-
-
-def read_records(path: Path, *, default_prompt: str) -> list[Record]:
-    """All records of a file, in its order.
-
-    Args:
-        path: `*.json` is read as the tutorial's `data_vl.json`, everything else as one JSON object a line.
-        default_prompt: prompt after the image for `data_vl.json`, whose own text is not used (as in the tutorial).
-
-    Raises:
-        UserError: no such file, no record in it, a line that is not a record (named by number), or an id used twice.
-    """
-    if not path.is_file():
-        raise UserError(f"There is no record file {path}. Set data.train (or data.eval) to an existing file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from None
-    parse = _read_tutorial(text, path, default_prompt) if path.suffix == ".json" else _read_lines(text, path)
-    records: list[Record] = []
-    places: dict[str, str] = {}
-    for place, record in parse:
-        if record.id in places:
-            raise UserError(f"{path}: the id {record.id!r} of {place} was used before, in {places[record.id]}.")
-        places[record.id] = place
-        records.append(record)
-    if not records:
-        raise UserError(f"{path} holds no record. Each line must be one JSON object with id and messages.")
-    return records
-
-
-def _read_lines(text: str, path: Path) -> Iterator[tuple[str, Record]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"line {number}"
-        try:
-            yield place, parse_record(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, {place}: not valid JSON ({error.msg}, column {error.colno}).") from None
-        except UserError as error:
-            raise UserError(f"{path}, {place}: {error}") from None
-
-
-def _read_tutorial(text: str, path: Path, prompt: str) -> Iterator[tuple[str, Record]]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path} must be a list of conversations; files of one object a line must end in .jsonl.")
-    for number, row in enumerate(rows, start=1):
-        place = f"conversation {number}"
-        try:
-            yield place, parse_tutorial(row, prompt)
-        except UserError as error:
-            raise UserError(f"{path}, {place}: {error}") from None
 
 
 def parse_record(row: Any) -> Record:
@@ -218,19 +162,6 @@ def parse_tutorial(row: Any, prompt: str) -> Record:
     path = question.split(start)[1].split(end)[0]
     message = Message("user", (ImagePart(path), TextPart(prompt)))
     return Record(row["id"], (message,), (turns[1]["value"],), single=True)
-
-
-def split_held_out(records: list[Record], count: int) -> tuple[list[Record], list[Record]]:
-    """Training records, and the last `count` of them held out.
-
-    Raises:
-        UserError: nothing would be left to train on.
-    """
-    if count >= len(records):
-        raise UserError(
-            f"data.eval is last:{count}, but there are only {len(records)} records. Hold out fewer, or give more."
-        )
-    return records[:-count], records[-count:]
 
 
 def usual_prompt(examples: Iterable[Example]) -> tuple[Message, ...]:

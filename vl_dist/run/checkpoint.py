@@ -36,7 +36,7 @@ class TrainState:
     step: int  # optimizer steps done
     num_steps: int  # optimizer steps of the whole run
     epoch: float  # passes over the training records done
-    examples: int  # examples trained on so far
+    data: str  # fingerprint of the training examples
     format: int = 1
 
 

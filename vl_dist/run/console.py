@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from vl_dist.data.validate import BAD_ROWS
 from vl_dist.evaluate.held_out import Evaluation, group_questions
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.build import RunData
@@ -89,6 +90,11 @@ class RunConsole:
             ("devices", f"{ranks.world_size} x {ranks.device.type}"),
             ("output", str(config.run.output_dir)),
         ]
+        if data.bad:
+            unusable = len(data.bad) - len(data.dropped)
+            rows.insert(
+                3, ("left out", f"{unusable:,} rows, {len(data.dropped):,} examples longer than a pack: {BAD_ROWS}")
+            )
         self.panel("vl_dist", rows)
 
     def end(self, finished: bool, reason: str, output_dir: Path) -> None:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from vl_dist.errors import UserError
+from vl_dist.model.flops import known_peak_flops
 
 T = TypeVar("T")
 
@@ -91,6 +92,12 @@ class Ranks:
     def loss_scale(self) -> float:
         """Undoes the mean over ranks that data parallel takes, because the loss is already over all ranks' targets."""
         return float(self.world_size)
+
+    def peak_flops(self, given_tflops: float | None) -> float | None:
+        """Operations a second that one device can do at best: as given, else by its name; None on a CPU."""
+        if given_tflops is not None:
+            return given_tflops * 1e12
+        return known_peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
 
     def close(self) -> None:
         """Leaves the process group (all ranks, at the orderly end only)."""

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from vl_dist.data.encode import template_hash
 from vl_dist.data.records import Example, messages_to_json, usual_prompt
-from vl_dist.run.build import pixel_budget
+from vl_dist.data.validate import pixel_budget
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.run.directory import METADATA
 from vl_dist.settings import Config

@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 
 from vl_dist.data.collate import Batch
+from vl_dist.data.lengths import Dropped
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.plan import Step
+from vl_dist.model.flops import FlopCounter
 from vl_dist.run.directory import LEDGER, METRICS
 from vl_dist.run.distributed import Ranks
 
@@ -30,6 +33,10 @@ class JsonLines:
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(path)
         self._path = path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far."""
+        return [json.loads(line) for line in _complete_lines(self._path)]
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row."""
@@ -60,17 +67,39 @@ class Record:
             self._metrics = JsonLines(directory / METRICS, keep_to_step=keep_to_step)
             self._ledger = JsonLines(directory / LEDGER, keep_to_step=keep_to_step)
 
+    def dropped(self, examples: Sequence[Dropped]) -> None:
+        """Examples that no step will have, as rows of step 0; those that an earlier start wrote are not repeated."""
+        if self._is_main:
+            written = {row.get("dropped") for row in self._ledger.rows()}
+            for one in examples:
+                if one.id not in written:
+                    self._ledger.write({"step": 0, "dropped": one.id, "reason": one.reason})
+
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl."""
         if self._is_main:
             self._metrics.write(row)
 
     def ledger(self, step: Step) -> None:
-        """Which examples made a step, over all ranks."""
-        if self._is_main:
-            ids = [self._data.examples[n].id for n in step.examples]
-            targets = int(self._data.lengths.targets[step.examples].sum())
-            self._ledger.write({"step": step.number + 1, "ids": ids, "targets": targets})
+        """Which examples made a step, over all ranks; after an epoch's last one, whether each example was in one step."""
+        if not self._is_main:
+            return
+        ids = [self._data.examples[n].id for n in step.examples]
+        targets = int(self._data.lengths.targets[step.examples].sum())
+        self._ledger.write({"step": step.number + 1, "epoch": step.epoch, "ids": ids, "targets": targets})
+        if step.ends_epoch:
+            self._ledger.write({"step": step.number + 1, "epoch": step.epoch, **self._coverage(step.epoch)})
+
+    def _coverage(self, epoch: int) -> dict[str, Any]:
+        """What the ledger on disk says about an epoch: examples, those in exactly one step, and the ids of the others."""
+        times: Counter[str] = Counter()
+        for row in self._ledger.rows():
+            times.update(row.get("ids", ()) if row.get("epoch") == epoch else ())
+        wanted = [example.id for example in self._data.examples]
+        once = sum(times[name] == 1 for name in wanted)
+        missing = [name for name in wanted if times[name] == 0]
+        repeated = [name for name, count in times.items() if count > 1]
+        return {"examples": len(wanted), "once": once, "missing": missing, "repeated": repeated}
 
 
 def last_scores(directory: Path) -> dict[str, float]:
@@ -83,15 +112,23 @@ def last_scores(directory: Path) -> dict[str, float]:
 class Meter:
     """Sums since the last row. Device values stay on the device until a row is due."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, flops: FlopCounter, *, peak_flops: float | None) -> None:
+        """
+        Args:
+            flops: counts the useful operations of a pack.
+            peak_flops: operations a second of one device at best; None: not known, or a CPU.
+        """
         self._ranks = ranks
+        self._flops = flops
+        self._peak_flops = peak_flops
         self.start()
 
     def start(self) -> None:
         """Begins a row now."""
         self._loss_sum: torch.Tensor | None = None
         self._grad_norm: torch.Tensor | None = None
-        self._examples = self._images = self._tokens = self._padding = self._targets = 0
+        self._examples = self._images = self._tokens = self._padding = self._targets = self._patches = 0
+        self._useful_flops = 0.0
         self._data_wait_s = 0.0
         self._started = time.perf_counter()
 
@@ -113,14 +150,26 @@ class Meter:
             self._tokens += pack.num_tokens
             self._padding += pack.num_padding
             self._targets += pack.num_targets
+            self._patches += pack.num_patches
+            self._useful_flops += sum(self._flops.document(tokens) for tokens in pack.document_tokens)
+            self._useful_flops += sum(self._flops.image(patches) for patches in pack.image_patches)
+            self._useful_flops += self._flops.targets_head(pack.num_targets)
 
     def row(self) -> dict[str, Any]:
         """The columns of metrics.jsonl since the last row, over all ranks; starts the next one (all ranks)."""
         assert self._loss_sum is not None and self._grad_norm is not None, "a row needs at least one step"
-        counts = [self._examples, self._images, self._tokens, self._padding, self._targets]
+        counts = [
+            self._examples,
+            self._images,
+            self._tokens,
+            self._padding,
+            self._targets,
+            self._patches,
+            self._useful_flops,
+        ]
         sums = torch.tensor([*counts, 0.0], dtype=torch.float64, device=self._ranks.device)
         sums[-1] = self._loss_sum.double()
-        examples, images, tokens, padding, targets, loss = self._ranks.sum(sums).tolist()
+        examples, images, tokens, padding, targets, patches, flops, loss = self._ranks.sum(sums).tolist()
         seconds = time.perf_counter() - self._started
         row = {
             "train/loss": loss / max(1.0, targets),
@@ -130,6 +179,8 @@ class Meter:
             "perf/images_per_s": images / seconds,
             "perf/target_tokens_per_s": targets / seconds,
             "perf/tokens_per_s": (tokens - padding) / seconds,
+            "perf/patches_per_s": patches / seconds,
+            "perf/mfu": None if self._peak_flops is None else flops / seconds / (self._peak_flops * self._ranks.world_size),
             "perf/padding": padding / max(1.0, tokens),
             "perf/data_wait_s": self._data_wait_s,
             "perf/peak_memory_gib": peak_memory_gib(self._ranks.device),

@@ -1,0 +1,45 @@
+"""Operations counted from shapes agree with figures worked out elsewhere for the 2B."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.real_shape import config_2b
+from vl_dist.model.flops import FlopCounter, known_peak_flops, read_shape
+from vl_dist.settings import LoraSettings
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory: pytest.TempPathFactory) -> FlopCounter:
+    directory: Path = tmp_path_factory.mktemp("2b")
+    config_2b().save_pretrained(directory)
+    return FlopCounter(read_shape(directory), rank=64, targets=LoraSettings().target_modules)
+
+
+def test_a_token_of_the_2b_with_the_tutorials_lora_costs_5_68_gflop(counter: FlopCounter) -> None:
+    assert counter.per_token == pytest.approx(5.68e9, rel=0.002)
+
+
+def test_a_caption_of_the_tutorial_costs_the_known_floor(counter: FlopCounter) -> None:
+    language = counter.document(130) + counter.targets_head(15)
+    assert language == pytest.approx(758e9, rel=0.01)
+    assert language + counter.image(400) == pytest.approx(1296e9, rel=0.01)
+
+
+def test_lora_on_fewer_layers_costs_less_and_a_larger_rank_more(counter: FlopCounter) -> None:
+    fewer = FlopCounter(counter.shape, 64, ("q_proj",))
+    larger = FlopCounter(counter.shape, 128, counter.targets)
+    assert fewer.per_token < counter.per_token < larger.per_token
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_a_known_device_has_its_peak_and_an_unknown_one_none(name: str, expected: float | None) -> None:
+    assert known_peak_flops(name) == expected

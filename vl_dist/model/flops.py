@@ -1,0 +1,112 @@
+"""Useful floating-point operations of a training step, counted from the model's shape alone.
+
+Counted is what the gradient of the adapter needs: for each language-model token 4 operations a frozen weight (forward, and
+the gradient of its input) and 6 a LoRA weight, attention's two products where the causal mask lets them be, the frozen
+tower's forward once an image, and the head on target rows. Padding and recomputation never count.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Dense bfloat16 peaks in TFLOP/s, from the makers' data sheets; the first name found in the device's name counts.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 125.0, "L4": 121.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes that operations depend on; from a model directory's `config.json`."""
+
+    hidden: int
+    layers: int
+    head_dim: int
+    heads: int
+    key_value_heads: int
+    mlp: int
+    vocabulary: int
+    tower_width: int
+    tower_depth: int
+    tower_mlp: int
+    patch_values: int  # numbers in one patch
+    merged_patches: int  # patches that become one language-model token
+
+    @property
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each linear of a decoder layer, by the name that LoRA targets."""
+        queries, keys = self.heads * self.head_dim, self.key_value_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, queries),
+            "k_proj": (self.hidden, keys),
+            "v_proj": (self.hidden, keys),
+            "o_proj": (queries, self.hidden),
+            "gate_proj": (self.hidden, self.mlp),
+            "up_proj": (self.hidden, self.mlp),
+            "down_proj": (self.mlp, self.hidden),
+        }
+
+
+def read_shape(directory: Path) -> ModelShape:
+    """The shape of a qwen2_vl model directory; no weights are needed."""
+    found: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    text, vision = found.get("text_config", found), found["vision_config"]
+    heads = text["num_attention_heads"]
+    return ModelShape(
+        hidden=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        head_dim=text["hidden_size"] // heads,
+        heads=heads,
+        key_value_heads=text["num_key_value_heads"],
+        mlp=text["intermediate_size"],
+        vocabulary=text["vocab_size"],
+        tower_width=vision.get("embed_dim", 1280),
+        tower_depth=vision.get("depth", 32),
+        tower_mlp=int(vision.get("embed_dim", 1280) * vision.get("mlp_ratio", 4)),
+        patch_values=vision.get("in_channels", 3)
+        * vision.get("temporal_patch_size", 2)
+        * vision.get("patch_size", 14) ** 2,
+        merged_patches=vision.get("spatial_merge_size", 2) ** 2,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FlopCounter:
+    """Counts operations for one model with LoRA of rank `rank` on `targets` of every decoder layer."""
+
+    shape: ModelShape
+    rank: int
+    targets: tuple[str, ...]
+
+    @property
+    def per_token(self) -> float:
+        """Operations of one language-model token outside attention's products."""
+        sizes = self.shape.linear_sizes
+        frozen = sum(inputs * outputs for inputs, outputs in sizes.values())
+        lora = sum(self.rank * sum(sizes[name]) for name in self.targets if name in sizes)
+        return float(self.shape.layers * (4 * frozen + 6 * lora))
+
+    def document(self, num_tokens: int) -> float:
+        """Operations of one document: its tokens, and attention among them (2 forward and 4 backward a causal pair)."""
+        attention = 6 * num_tokens**2 * self.shape.heads * self.shape.head_dim * self.shape.layers
+        return num_tokens * self.per_token + attention
+
+    def targets_head(self, num_targets: int) -> float:
+        """The head on target rows: forward, and the gradient of its input."""
+        return 4.0 * num_targets * self.shape.hidden * self.shape.vocabulary
+
+    def image(self, num_patches: int) -> float:
+        """The tower's forward of one image: patch embedding, blocks with attention among all patches, merger."""
+        s = self.shape
+        block = 4 * s.tower_width**2 + 2 * s.tower_width * s.tower_mlp
+        wide = s.tower_width * s.merged_patches
+        merger = (wide * wide + wide * s.hidden) / s.merged_patches
+        per_patch = s.patch_values * s.tower_width + s.tower_depth * block + merger
+        attention = 4 * num_patches**2 * s.tower_width * s.tower_depth
+        return 2.0 * num_patches * per_patch + attention
+
+
+def known_peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 operations a second of a device by its name; None if it is not known."""
+    found = next((peak for name, peak in PEAK_TFLOPS.items() if name in re.split(r"[ -]", device_name)), None)
+    return None if found is None else found * 1e12
