@@ -83,11 +83,12 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         run.record.metrics(evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
     meter = Meter(ranks, run.flops, peak_flops=ranks.peak_flops(config.log.peak_tflops))
     for share, waited_s in timed(remaining_steps(run)):
-        done = ending.step = share.step.number + 1
+        done = share.step.number + 1
         lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
         set_lr(run.optimizer, lr)
         seed_dropout(config.run.seed, share.step.number, ranks.rank)
         loss_sum, grad_norm = train_step(share.packs, run)
+        ending.step = done
         meter.add(share.packs, loss_sum, grad_norm, waited_s)
         run.record.ledger(share.step)
         run.console.train_step(done, num_steps)
@@ -233,7 +234,7 @@ def run_once(config: Config, ending: Ending) -> Outcome:
         return Outcome(FINISHED, "was finished before", 0)
     run = prepare(config, ranks, console, start)
     console.prepared(run.config, run.data, run.model, num_steps=run.num_steps, first_step=run.first_step, ranks=ranks)
-    ending.step = run.first_step
+    ending.step, ending.training = run.first_step, True
     with console, stop.deferred():
         outcome = train(run, stop, ending)
         if outcome.code == FINISHED and ranks.is_main:

@@ -27,6 +27,9 @@ done
 # Wrong settings end here, before any process is launched.
 output_dir=$("$python" -m vl_dist settings --key run.output_dir -- "$@") || exit $?
 
+# An earlier run's outcome must not be taken for this one's, should the launcher fail to start it.
+rm -f "$output_dir/outcome.json"
+
 # A session of its own, so that a Ctrl-C in the terminal reaches this script and not the launcher. --quiet: the launcher
 # would add a traceback of its own to every exit code but 0.
 "$python" -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' \

@@ -5,6 +5,7 @@ the tree is an error that names the nearest one. Only this module knows OmegaCon
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
 
 # What no type says. Paths of keys, and the rule that their value keeps.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "shapes.seed": _at_least(0),
     "shapes.num_train": _at_least(1),
     "shapes.num_eval": _at_least(1),
     "lora.r": _at_least(1),
@@ -83,6 +85,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.num_shown": _at_least(0),
     "log.every_steps": _at_least(1),
     "log.peak_tflops": _above(0),
+    "run.seed": _at_least(0),
     "run.cpu_threads": _at_least(1),
 }
 
@@ -243,10 +246,16 @@ def _refuse_unknown(path: str, value: Any, source: str) -> None:
     if path in known:
         return
     if path not in sections:
-        nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+        nearest = max(known, key=lambda candidate: _likeness(path, candidate))
         raise UserError(f"Unknown key {path} in {source}. The nearest key is {nearest}. All keys: python train.py --help")
     if value != {} and not (path == "shapes" and value is None):
         raise UserError(f"{path} is a section of keys, but {source} gives it the value {value!r}. Write {path}.KEY=value.")
+
+
+def _likeness(path: str, candidate: str) -> float:
+    """How alike two keys are; the last part counts beside the whole, so that `lr` is near `optim.lr`."""
+    pairs = ((path, candidate), (path.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]))
+    return sum(difflib.SequenceMatcher(None, one, other).ratio() for one, other in pairs)
 
 
 def _wrong_value(error: OmegaConfBaseException, source: str) -> str:
@@ -258,6 +267,10 @@ def _wrong_value(error: OmegaConfBaseException, source: str) -> str:
 
 
 def _check_rules(config: Config) -> None:
+    for found in keys():
+        value = value_at(config, found.path)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{found.path} is {value}, but must be a finite number.")
     for path, (holds, rule) in RULES.items():
         value = value_at(config, path)
         if value is not None and not holds(value):

@@ -46,7 +46,7 @@ TEMPLATES = (
     "In the {row} {column}: a {shape} that is {size} and {colour}.",
 )
 
-MARKER = "complete.json"  # written last; without it nothing here counts as made
+MARKER = "made.json"  # says what was asked for; `complete` turns true last
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +135,18 @@ def make_shapes(settings: ShapesConfig) -> None:
     """
     wanted = {"seed": settings.seed, "num_train": settings.num_train, "num_eval": settings.num_eval, "version": 1}
     marker = settings.dir / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == wanted:
+    if marker.is_file() and json.loads(marker.read_text()) == wanted | {"complete": True}:
         return
+    if not marker.is_file() and settings.dir.is_dir() and any(settings.dir.iterdir()):
+        raise UserError(f"shapes.dir is {settings.dir}, which holds other files. Give a new or an empty directory.")
     drawings = all_drawings()
     if settings.num_train + settings.num_eval > len(drawings):
         raise UserError(
             f"shapes.num_train ({settings.num_train}) and shapes.num_eval ({settings.num_eval}) ask for more than the "
             f"{len(drawings)} different drawings there are."
         )
-    marker.unlink(missing_ok=True)
+    settings.dir.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(wanted | {"complete": False}))
     for made in ("images", "model"):
         shutil.rmtree(settings.dir / made, ignore_errors=True)
     (settings.dir / "images").mkdir(parents=True)
@@ -153,7 +156,7 @@ def make_shapes(settings: ShapesConfig) -> None:
     _write_records(settings.dir, "records.jsonl", train, rng)
     _write_records(settings.dir, "eval.jsonl", held_out, rng)
     make_tiny_model(settings.dir / "model", _tokenizer_texts(), seed=settings.seed)
-    marker.write_text(json.dumps(wanted))
+    marker.write_text(json.dumps(wanted | {"complete": True}))
 
 
 def _write_records(directory: Path, name: str, drawings: list[Drawing], rng: np.random.Generator) -> None:

@@ -1,5 +1,6 @@
 """Greedy captions: left-padded batches of prompts of similar length, with the KV cache."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 from vl_dist.data.collate import Collator
 from vl_dist.data.encode import Encoded
 from vl_dist.data.records import Message
+from vl_dist.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,24 @@ def generate(
         chosen = range(start, min(start + batch_size, len(prompts)))
         made = [collator.prompt(prompts[n].messages, prompts[n].image_paths, prompts[n].id) for n in chosen]
         inputs = _left_padded([encoded for encoded, _ in made], [pixels for _, pixels in made], pad_id)
-        with torch.no_grad():
+        with torch.no_grad(), _out_of_memory_named(len(chosen)):
             output = base.generate(
                 **{name: tensor.to(base.device) for name, tensor in inputs.items()}, generation_config=settings
             )
         new = output[:, inputs["input_ids"].shape[1] :].tolist()
         yield [(n, _until_end(ids, collator.encoder.stop_ids)) for n, ids in zip(chosen, new, strict=True)]
+
+
+@contextlib.contextmanager
+def _out_of_memory_named(num_prompts: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"The device ran out of memory captioning {num_prompts} images together: {first_line} Lower eval.batch_size "
+            "(--batch-size of predict)."
+        ) from None
 
 
 def _left_padded(encoded: Sequence[Encoded], pixels: Sequence[torch.Tensor], pad_id: int) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from vl_dist.data.plan import cost, plan_epoch
 from vl_dist.data.records import Example, Message
 from vl_dist.evaluate.decode import Prompt, generate
 from vl_dist.evaluate.scores import exact_match
-from vl_dist.model.packed import PackedModel
+from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run.distributed import Ranks, evaluating
 from vl_dist.settings import EvalConfig
 
@@ -106,7 +106,8 @@ def _mean_loss(model: PackedModel, data: LoadedData, ranks: Ranks, *, max_tokens
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for step in loaded:
         for pack in step.packs:
-            sums[0] += model(pack.to(ranks.device)).double()
+            with out_of_memory_named(pack):
+                sums[0] += model(pack.to(ranks.device)).double()
             sums[1] += pack.num_targets
     loss, targets = ranks.sum(sums).tolist()
     return float(loss / max(1.0, targets))

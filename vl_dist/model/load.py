@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalGeneration
 
 from vl_dist.data.images import PatchShape
@@ -80,11 +81,18 @@ def load_base(directory: Path, dtype: torch.dtype, backend: Backend) -> Qwen2VLF
         UserError: the weights are missing or of another model.
     """
     try:
-        base = Qwen2VLForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, attn_implementation={"text_config": backend, "vision_config": "sdpa"}
+        base, found = Qwen2VLForConditionalGeneration.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation={"text_config": backend, "vision_config": "sdpa"},
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The model in {directory} cannot be loaded: {error}") from None
+    if found["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"The model in {directory} lacks {len(missing)} weights, first {missing[0]}. Fetch it again.")
     base.generation_config = GenerationConfig()  # captions are greedy; the model's own file may ask for sampling
     base.requires_grad_(False)
     return base
@@ -105,13 +113,13 @@ def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, se
         lora_dropout=lora.dropout,
         bias="none",
     )
-    linear_names = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-    unmatched = [name for name in lora.target_modules if name.rsplit(".", 1)[-1] not in linear_names]
-    if unmatched:
-        raise UserError(
-            f"lora.target_modules names {unmatched[0]!r}, which no linear layer of this model is called. "
-            f"There are: {', '.join(sorted(linear_names))}."
-        )
+    linears = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+            raise UserError(
+                f"lora.target_modules names {target!r}, which no linear layer of this model is called. There are: {names}."
+            )
     torch.manual_seed(seed)
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property by its old name
         warnings.simplefilter("ignore", FutureWarning)
@@ -119,7 +127,18 @@ def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, se
     assert isinstance(model, PeftModel)
     if lora.init_from is not None:
         load_adapter_weights(model, lora.init_from)
+        _check_scale(lora)
     return model
+
+
+def _check_scale(lora: LoraSettings) -> None:
+    assert lora.init_from is not None
+    found = json.loads((lora.init_from / "adapter_config.json").read_text())
+    if found["lora_alpha"] != lora.alpha:
+        raise UserError(
+            f"The adapter in {lora.init_from} was trained with lora.alpha {found['lora_alpha']:g}, here it is "
+            f"{lora.alpha:g}: the same weights would be another function. Set lora.alpha={found['lora_alpha']:g}."
+        )
 
 
 def load_adapter_weights(model: PeftModel, directory: Path) -> None:
@@ -128,9 +147,13 @@ def load_adapter_weights(model: PeftModel, directory: Path) -> None:
     Raises:
         UserError: no adapter there, or its keys or shapes are not this adapter's.
     """
-    if not (directory / "adapter_model.safetensors").is_file():
-        raise UserError(f"{directory} holds no adapter_model.safetensors. Give a directory that PEFT saved.")
-    weights = load_peft_weights(str(directory), device="cpu")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} holds no {name}. Give a directory that PEFT saved.")
+    try:
+        weights = load_peft_weights(str(directory), device="cpu")
+    except SafetensorError as error:
+        raise UserError(f"The adapter in {directory} is damaged: {error}.") from None
     expected = adapter_state(model)
     strange = sorted(weights.keys() - expected.keys()) or sorted(expected.keys() - weights.keys())
     if strange:

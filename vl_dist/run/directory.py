@@ -1,12 +1,13 @@
 """The output directory: what is in it already, and what a new start does with that."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from vl_dist.config import Change, changes, dump, load
 from vl_dist.errors import UserError
-from vl_dist.run.checkpoint import Skipped, find_checkpoint
+from vl_dist.run.checkpoint import Skipped, damage, find_checkpoint
 from vl_dist.run.interrupt import STOP_FILE
 from vl_dist.settings import Config
 
@@ -34,8 +35,9 @@ def inspect(config: Config) -> Start:
         UserError: the directory holds something else, or a run with other settings.
     """
     directory = config.run.output_dir
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"run.output_dir is {directory}, which is a file. Give a new or an empty directory.")
+    reason = obstacle(directory)
+    if reason is not None:
+        raise UserError(f"run.output_dir is {directory}, but {reason}. Give a new or an empty directory.")
     there = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if CONFIG not in there:
         strange = sorted(there - {OUTCOME, STOP_FILE})
@@ -44,7 +46,7 @@ def inspect(config: Config) -> Start:
                 f"run.output_dir {directory} holds {strange[0]!r} and no {CONFIG}: it is not a run's. "
                 "Give a new or an empty directory."
             )
-        return Start()
+        return Start(checkpoint=_asked_checkpoint(config))
     changed = tuple(changes(load(directory / CONFIG), config))
     trains = [change for change in changed if change.trains]
     if trains and _has_progress(directory) and not config.run.allow_changes:
@@ -55,9 +57,27 @@ def inspect(config: Config) -> Start:
     if finished and not trains:
         return Start(finished=True, changed=changed)
     if config.run.resume != "auto":
-        return Start(checkpoint=Path(config.run.resume), changed=changed)
+        return Start(checkpoint=_asked_checkpoint(config), changed=changed)
     checkpoint, skipped = find_checkpoint(directory / "checkpoints")
     return Start(checkpoint=checkpoint, changed=changed, skipped=tuple(skipped))
+
+
+def obstacle(directory: Path) -> str | None:
+    """Why a directory cannot be made or written; None if it can."""
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK) else f"{nearest} cannot be written"
+
+
+def _asked_checkpoint(config: Config) -> Path | None:
+    if config.run.resume in ("auto", "never"):
+        return None
+    checkpoint = Path(config.run.resume)
+    reason = damage(checkpoint)
+    if reason is not None:
+        raise UserError(f"run.resume is {checkpoint}, which cannot be used: {reason}. Give a checkpoint, auto or never.")
+    return checkpoint
 
 
 def begin(config: Config, start: Start) -> None:

@@ -22,8 +22,8 @@ class StopRequest:
         self._watch_file = watch_file
         self._reason: str | None = None
         self._in_loop = False
-        if watch_file:
-            self._file.unlink(missing_ok=True)
+        if watch_file and self._file.is_file():
+            self._file.unlink()
 
     def listen(self) -> None:
         """From here on SIGTERM, SIGUSR1 and Ctrl-C ask for a stop: KeyboardInterrupt before the loop, a flag inside."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vl_dist.errors import UserError
-from vl_dist.run.directory import OUTCOME
+from vl_dist.run.directory import OUTCOME, obstacle
 
 FINISHED, BUG, WRONG_INPUT, STOPPED = 0, 1, 2, 85
 
@@ -33,6 +33,7 @@ class Ending:
         self._file = output_dir / OUTCOME
         self._is_main = is_main
         self.step = 0  # kept up to date by the loop
+        self.training = False  # set by the loop
         self.outcome = Outcome(BUG, "ended without saying why", 0)
 
     def __enter__(self) -> "Ending":
@@ -45,7 +46,7 @@ class Ending:
     ) -> bool:
         speaks = self._is_main
         if isinstance(error, UserError):
-            speaks = speaks or self.step > 0
+            speaks = speaks or self.training
             self.outcome = Outcome(WRONG_INPUT, str(error), self.step)
             if speaks:
                 sys.stderr.write(f"{error}\n")
@@ -58,8 +59,8 @@ class Ending:
         return isinstance(error, UserError | KeyboardInterrupt)
 
     def _write(self) -> None:
-        if self._file.parent.exists() and not self._file.parent.is_dir():
-            return  # the error was that output_dir is a file
+        if obstacle(self._file.parent) is not None:
+            return  # that was the error
         self._file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_name(f".{OUTCOME}")
         temporary.write_text(json.dumps(asdict(self.outcome), ensure_ascii=False) + "\n")
