@@ -36,11 +36,18 @@ rm -f "$output_dir/outcome.json"
   "$python" -m accelerate.commands.launch --quiet "${launcher[@]}" train.py "$@" &
 launcher_pid=$!
 
+# The launcher and all below it: the processes of several ranks are in sessions of their own.
+tree() {
+  echo "$1"
+  for child in $(pgrep -P "$1"); do tree "$child"; done
+}
+
 requests=0
 stop() {
   requests=$((requests + 1))
   if [ "$requests" -gt 1 ]; then
-    kill -KILL -- "-$launcher_pid" 2>/dev/null
+    # shellcheck disable=SC2046 # one word a process
+    kill -KILL $(tree "$launcher_pid") 2>/dev/null
     exit 130
   fi
   echo "Stopping after this step, with a checkpoint. Once more ends at once." >&2

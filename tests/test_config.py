@@ -27,6 +27,7 @@ def test_a_dumped_configuration_is_a_recipe_that_reads_back_equal(recipe: Path, 
     config = load(recipe, ["lora.init_from=some/dir", "optim.max_grad_norm=null"])
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(tmp_path / "config.yaml") == config
+    assert yaml.safe_load(dump(config))["run"]["output_dir"] == str(config.run.output_dir)
 
 
 @pytest.mark.parametrize(

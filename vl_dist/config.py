@@ -119,8 +119,8 @@ def load(recipe: Path | None, words: Sequence[str] = ()) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The tree as YAML; itself a valid recipe."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The tree as plain YAML, which any reader of YAML takes; itself a valid recipe."""
+    return str(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
 
 def keys() -> list[Key]:
@@ -155,6 +155,14 @@ def help_text() -> str:
         default = "null" if k.default is None else str(k.default)
         lines.append(f"{k.path}  ({k.type}{unit}; default {default})\n    {k.meaning}")
     return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _keys(section: type, prefix: str) -> Iterator[Key]:

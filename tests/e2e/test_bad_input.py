@@ -423,9 +423,10 @@ def test_an_adapter_to_start_from_that_was_scaled_otherwise_is_refused(trainer: 
 
 
 def test_an_adapter_to_start_from_that_is_damaged_is_named(trainer: Trainer, adapter: Path) -> None:
-    path = adapter / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:500])
-    assert str(adapter) in trainer.refusal(f"lora.init_from={adapter}")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = adapter / name
+        path.write_bytes(path.read_bytes()[:200])
+        assert str(adapter) in trainer.refusal(f"lora.init_from={adapter}"), name
 
 
 # Memory.
@@ -610,6 +611,17 @@ def test_the_launch_script_refuses_wrong_settings_before_it_launches_anything(tr
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "optim.lrr" in ended.stderr and len(ended.stderr.splitlines()) == 1
     assert not trainer.run.exists()
+
+
+@pytest.mark.parametrize("below", ["thesis.txt", "thesis.txt/run"])
+def test_the_launch_script_too_refuses_an_output_directory_that_cannot_be_made(trainer: Trainer, below: str) -> None:
+    """There is nowhere to write outcome.json, which the script takes its exit code from."""
+    (trainer.home / "thesis.txt").write_text("mine")
+    ended = run_command("launch/local.sh", trainer.recipe, f"run.output_dir={trainer.home / below}")
+    assert ended.returncode == 2, ended.stderr
+    assert "run.output_dir" in ended.stderr and str(trainer.home / below) in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert (trainer.home / "thesis.txt").read_text() == "mine"
 
 
 def test_the_launch_script_never_ends_with_an_earlier_runs_code(trainer: Trainer) -> None:

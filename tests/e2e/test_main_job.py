@@ -153,12 +153,9 @@ class Job:
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children(recursive=True)
 
-    def has_trainer(self) -> bool:
-        """Whether the launcher has started train.py, which takes seconds more to be ready for anything."""
-        return self.trainer() is not None
-
-    def trainer(self) -> psutil.Process | None:
-        return next((process for process in self.processes() if _command_line(process)[1:2] == ["train.py"]), None)
+    def trainers(self) -> list[psutil.Process]:
+        """Processes that run train.py; they take seconds more to be ready for anything."""
+        return [process for process in self.processes() if _runs_train_py(process)]
 
     def send(self, number: signal.Signals) -> None:
         """To the whole foreground of the terminal, as Ctrl-C goes."""
@@ -180,11 +177,12 @@ class Job:
             self._process.wait()
 
 
-def _command_line(process: psutil.Process) -> list[str]:
+def _runs_train_py(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+        command = [word for word in process.cmdline()[1:] if word != "-u"]
+    except psutil.Error:  # it ended meanwhile
+        return False
+    return command[:1] == ["train.py"]
 
 
 @contextmanager
@@ -234,18 +232,18 @@ def disturbed(finished: Finished) -> Disturbed:
         written = outcome(run) if (run / "outcome.json").is_file() else None
         return Stop(by, code, written, whole_checkpoint(run), (run / "STOP").exists())
 
-    def kill_trainer(job: Job) -> None:
-        trainer = job.trainer()
-        assert trainer is not None
-        trainer.kill()
-
     stops = []
     done = 0
     for by, ready, ask, within_s in (
-        ("SIGTERM while starting", Job.has_trainer, lambda job: job.send(signal.SIGTERM), SECONDS_TO_START),
+        (
+            "SIGTERM while starting",
+            lambda job: bool(job.trainers()),
+            lambda job: job.send(signal.SIGTERM),
+            SECONDS_TO_START,
+        ),
         ("Ctrl-C", lambda _: training(), lambda job: job.send(signal.SIGINT), SECONDS_TO_STOP),
         ("the file STOP", lambda _: training(), lambda _: (run / "STOP").touch(), SECONDS_TO_STOP),
-        ("SIGKILL of the trainer", lambda _: training(), kill_trainer, SECONDS_TO_STOP),
+        ("SIGKILL of the trainer", lambda _: training(), lambda job: job.trainers()[0].kill(), SECONDS_TO_STOP),
     ):
         stops.append(stopped(by, ready, ask, within_s))
         done = stops[-1].checkpoint
@@ -388,18 +386,25 @@ def test_a_run_stopped_four_times_goes_on_each_time_and_ends_as_if_it_had_never_
     assert (disturbed.run / moments).read_bytes() == (finished.run / moments).read_bytes()
 
 
-def test_a_second_signal_ends_everything_at_once(finished: Finished) -> None:
-    log = finished.home / "killed.log"
-    with started(words(finished.home, "killed"), log) as job:
-        job.until(job.has_trainer, "the trainer")
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_second_signal_ends_everything_at_once(finished: Finished, num_processes: int) -> None:
+    launcher = ["--config_file", "accelerate_configs/cpu.yaml"] if num_processes == 2 else []
+    run = finished.home / f"killed-{num_processes}"
+    log = run.with_suffix(".log")
+    with started([*launcher, *words(finished.home, run.name)], log) as job:
+        job.until(lambda: len(job.trainers()) == num_processes, "the trainers")
         job.send(signal.SIGTERM)
         job.until(lambda: "Once more ends at once" in log.read_text(), "the first request")
         processes = job.processes()
-        assert job.has_trainer()
+        assert len(job.trainers()) == num_processes
         job.send(signal.SIGTERM)
-        assert job.code(within_s=10) not in (0, 2, STOPPED)
-        assert psutil.wait_procs(processes, timeout=10)[1] == []
-    assert not (finished.home / "killed" / "outcome.json").exists()
+        code = job.code(within_s=10)
+        survivors = psutil.wait_procs(processes, timeout=10)[1]
+        for process in survivors:
+            process.kill()
+    assert code not in (0, 2, STOPPED)
+    assert survivors == []
+    assert not (run / "outcome.json").exists()
 
 
 def test_no_file_of_a_run_can_execute_code_when_it_is_read(finished: Finished, disturbed: Disturbed) -> None:
