@@ -132,6 +132,7 @@ def test_the_tutorials_recipe_carries_the_tutorials_numbers() -> None:
     assert config.lora.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert (config.data.resized_height, config.data.resized_width, config.data.prompt) == (280, 280, "COCO Yes:")
     assert (config.data.eval, config.data.end_token, config.batch.examples_per_step) == ("last:4", "<|endoftext|>", 4)
+    assert (config.data.shuffle, config.data.bucket_steps) == (True, 1)
     optim = config.optim
     assert (optim.lr, optim.schedule, optim.num_epochs, optim.warmup_steps) == (1e-4, "linear", 2, 0)
     assert (optim.weight_decay, optim.max_grad_norm, optim.max_steps) == (0.0, 1.0, None)
