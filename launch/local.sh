@@ -70,5 +70,7 @@ done
 if [ -f "$output_dir/outcome.json" ]; then
   exit "$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$output_dir/outcome.json")"
 fi
+# Where no directory can be made there is nowhere for an outcome; train.py has said so.
+mkdir -p "$output_dir" 2>/dev/null || exit 2
 echo "The run ended with code $launcher_code and left no $output_dir/outcome.json: see the messages above." >&2
 exit 1

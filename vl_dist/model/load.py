@@ -133,11 +133,15 @@ def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, se
 
 def _check_scale(lora: LoraSettings) -> None:
     assert lora.init_from is not None
-    found = json.loads((lora.init_from / "adapter_config.json").read_text())
-    if found["lora_alpha"] != lora.alpha:
+    path = lora.init_from / "adapter_config.json"
+    try:
+        alpha = float(json.loads(path.read_text())["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
+    if alpha != lora.alpha:
         raise UserError(
-            f"The adapter in {lora.init_from} was trained with lora.alpha {found['lora_alpha']:g}, here it is "
-            f"{lora.alpha:g}: the same weights would be another function. Set lora.alpha={found['lora_alpha']:g}."
+            f"The adapter in {lora.init_from} was trained with lora.alpha {alpha:g}, here it is {lora.alpha:g}: "
+            f"the same weights would be another function. Set lora.alpha={alpha:g}."
         )
 
 
