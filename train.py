@@ -79,7 +79,7 @@ def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Te
 def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     """Steps from where the run stands to its end, or to a request to stop (all ranks)."""
     config, ranks, num_steps = run.config, run.ranks, run.num_steps
-    if run.first_step == 0:
+    if run.first_step == 0 and run.data.held_out is not None:
         run.record.metrics(evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
     meter = Meter(ranks, run.flops, peak_flops=ranks.peak_flops(config.log.peak_tflops))
     for share, waited_s in timed(remaining_steps(run)):

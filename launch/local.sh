@@ -57,6 +57,7 @@ stop() {
     touch "$output_dir/STOP"
     sleep 1
   done &
+  toucher_pid=$!
 }
 trap stop INT TERM HUP USR1
 
@@ -65,7 +66,11 @@ while kill -0 "$launcher_pid" 2>/dev/null; do
   launcher_code=$?
 done
 
-[ "$requests" -eq 0 ] || rm -f "$output_dir/STOP"
+if [ "$requests" -gt 0 ]; then
+  kill "$toucher_pid" 2>/dev/null
+  wait "$toucher_pid" 2>/dev/null # or it could make the file once more
+  rm -f "$output_dir/STOP"
+fi
 
 if [ -f "$output_dir/outcome.json" ]; then
   exit "$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$output_dir/outcome.json")"

@@ -142,7 +142,7 @@ def test_out_of_memory_names_the_pack_and_the_key_to_lower(collator: Collator) -
 
 
 def test_the_step_reads_no_device_value_on_the_host(tiny_model: Path, collator: Collator) -> None:
-    """Counts reads in the language model's part; the installed tower still reads its grids (another issue's work)."""
+    """Counts reads in the language model's part alone: the installed tower still reads its grids."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     reads: list[str] = []
