@@ -82,7 +82,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     if run.first_step == 0 and run.data.held_out is not None:
         run.record.metrics(evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
     meter = Meter(ranks, run.flops, peak_flops=ranks.peak_flops(config.log.peak_tflops))
-    for share, waited_s in timed(remaining_steps(run)):
+    for share, waited_s in timed(ranks.together(remaining_steps(run))):
         done = share.step.number + 1
         lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
         set_lr(run.optimizer, lr)

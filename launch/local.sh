@@ -30,10 +30,20 @@ output_dir=$("$python" -m vl_dist settings --key run.output_dir -- "$@") || exit
 # An earlier run's outcome must not be taken for this one's, should the launcher fail to start it.
 rm -f "$output_dir/outcome.json"
 
-# A session of its own, so that a Ctrl-C in the terminal reaches this script and not the launcher. --quiet: the launcher
-# would add a traceback of its own to every exit code but 0.
-"$python" -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' \
-  "$python" -m accelerate.commands.launch --quiet "${launcher[@]}" train.py "$@" &
+# `accelerate launch` in a session of its own, so that a Ctrl-C in the terminal reaches this script and not the launcher, and
+# without the tracebacks that launchers add to every exit code but 0: train.py has said what there is to say.
+launch='
+import logging, os, subprocess, sys
+os.setsid()
+from accelerate.commands.launch import main
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+try:
+    main()
+except (subprocess.CalledProcessError, ChildFailedError):
+    sys.exit(1)
+'
+"$python" -c "$launch" "${launcher[@]}" train.py "$@" &
 launcher_pid=$!
 
 # The launcher and all below it: the processes of several ranks are in sessions of their own.

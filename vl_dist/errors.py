@@ -1,4 +1,4 @@
-"""The one exception that means: the input is wrong, and the person who gave it can mend it."""
+"""The exceptions that mean: the input is wrong, and the person who gave it can mend it."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The message says what was got, the rule it breaks, and what to do.
     """
+
+
+class SharedError(UserError):
+    """A user's error that every rank raises, so that one of them is enough to say it."""

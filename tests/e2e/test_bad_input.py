@@ -606,6 +606,25 @@ def test_the_launch_script_ends_with_code_two_and_one_message_without_the_launch
     assert "Traceback" not in ended.stdout + ended.stderr
 
 
+@pytest.mark.parametrize("key", ["data.train", "data.eval"])
+def test_a_mistake_that_only_one_of_two_ranks_meets_ends_both_with_one_message(
+    trainer: Trainer, photos: Path, key: str
+) -> None:
+    root = trainer.home / "images"
+    root.mkdir()
+    whole = (photos / "cat.jpg").read_bytes()
+    (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    for image in IMAGES:
+        shutil.copy(photos / image, root)
+    path = write_records(trainer.home / "bad.jsonl", [record("a"), record("the-bad-one", "cut.jpg")])
+    words = [f"{key}={path}", f"data.image_root={root}", "data.shuffle=false"]
+    ended = run_command("launch/local.sh", "--config_file", "accelerate_configs/cpu.yaml", trainer.recipe, *words)
+    assert (ended.returncode, trainer.outcome["code"]) == (2, 2), ended.stderr
+    assert "the-bad-one" in trainer.outcome["reason"]
+    assert ended.stderr.count(trainer.outcome["reason"]) == 1
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
 def test_the_launch_script_refuses_wrong_settings_before_it_launches_anything(trainer: Trainer) -> None:
     ended = run_command("launch/local.sh", trainer.recipe, "optim.lrr=1")
     assert (ended.returncode, ended.stdout) == (2, "")

@@ -80,7 +80,8 @@ def evaluate(
     with evaluating(model):
         loss = _mean_loss(model, data, ranks, max_tokens=max_tokens)
         mine = questions[ranks.rank :: ranks.world_size]
-        answers = _answer(model, data, mine, settings, tokenizer, on_progress)
+        own = (_answer(model, data, mine, settings, tokenizer, on_progress) for _ in range(1))
+        answers = next(ranks.together(own))  # ranks answer alone and meet once all are through
     numbered = [(ranks.rank + n * ranks.world_size, text) for n, text in answers]
     predictions = [text for _, text in sorted(ranks.gather(numbered))]
     references = [question.references for question in questions]
@@ -104,7 +105,7 @@ def _mean_loss(model: PackedModel, data: LoadedData, ranks: Ranks, *, max_tokens
     steps = plan_epoch(costs, 64, seed=0, epoch=0, shuffle=False)
     loaded = load_steps(steps, data, rank=ranks.rank, world_size=ranks.world_size, max_tokens=max_tokens)
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for step in loaded:
+    for step in ranks.together(loaded):
         for pack in step.packs:
             with out_of_memory_named(pack):
                 sums[0] += model(pack.to(ranks.device)).double()

@@ -5,7 +5,7 @@ Data and model code takes `rank` and `world_size` as arguments; only this module
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from vl_dist.errors import UserError
+from vl_dist.errors import SharedError, UserError
 from vl_dist.model.flops import known_peak_flops
 
 T = TypeVar("T")
@@ -76,9 +76,29 @@ class Ranks:
         if self.world_size > 1:
             broadcast_object_list(result)
         if result[1] is not None:
-            raise UserError(result[1])
+            raise SharedError(result[1])
         value: T = result[0]
         return value
+
+    def together(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, of which each rank has as many; one read an item where there are several ranks (all ranks).
+
+        Raises:
+            UserError: a rank met one making its item; every rank raises it, so that none waits for the others.
+        """
+        own = iter(items)
+        while True:
+            item: list[T] = []
+            error: UserError | None = None
+            try:
+                item.append(next(own))
+            except StopIteration:
+                return
+            except UserError as met:
+                error = met
+            if self.any(error is not None):
+                raise SharedError(next(text for text in self.gather([error and str(error)]) if text is not None))
+            yield item[0]
 
     def wait(self) -> None:
         """Until every rank is here (all ranks)."""

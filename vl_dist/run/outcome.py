@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from vl_dist.errors import UserError
+from vl_dist.errors import SharedError, UserError
 from vl_dist.run.directory import OUTCOME, obstacle
 
 FINISHED, BUG, WRONG_INPUT, STOPPED = 0, 1, 2, 85
@@ -46,7 +46,7 @@ class Ending:
     ) -> bool:
         speaks = self._is_main
         if isinstance(error, UserError):
-            speaks = speaks or self.training
+            speaks = speaks or (self.training and not isinstance(error, SharedError))
             self.outcome = Outcome(WRONG_INPUT, str(error), self.step)
             if speaks:
                 sys.stderr.write(f"{error}\n")
@@ -61,6 +61,8 @@ class Ending:
     def _write(self) -> None:
         if obstacle(self._file.parent) is not None:
             return  # that was the error
+        if self.outcome.code == BUG and self._file.is_file():
+            return  # another rank ended first and said why; this one only lost the connection
         self._file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_name(f".{OUTCOME}")
         temporary.write_text(json.dumps(asdict(self.outcome), ensure_ascii=False) + "\n")
