@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from vl_dist.config import help_text, load, split_words
+from vl_dist.data.assemble import RunData
 from vl_dist.data.collate import Batch
 from vl_dist.data.loader import StepPacks, load_steps, timed
-from vl_dist.data.plan import cost, num_steps_per_epoch, plan_run, total_steps
+from vl_dist.data.plan import Plan
 from vl_dist.data.validate import BAD_ROWS, write_bad_rows
 from vl_dist.errors import UserError
 from vl_dist.evaluate.held_out import evaluate, write_samples
@@ -23,12 +24,13 @@ from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run import directory
-from vl_dist.run.build import RunData, load_data, load_model
+from vl_dist.run.build import load_data, load_model
 from vl_dist.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks, launched_rank, seed_dropout
 from vl_dist.run.export import export_adapter
 from vl_dist.run.interrupt import StopRequest
+from vl_dist.run.late import LateFaults
 from vl_dist.run.metrics import Meter, Record, last_scores
 from vl_dist.run.optim import clip_gradients, lr_factor, make_optimizer, set_lr
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
@@ -45,13 +47,14 @@ class Run:
     console: RunConsole
     processor: Any
     data: RunData
+    plan: Plan
+    late: LateFaults
     model: PackedModel  # the module itself, for evaluation and checkpoints
     wrapped: nn.Module  # what accelerate made of it, for training
     optimizer: torch.optim.Optimizer
     record: Record
     flops: FlopCounter
     first_step: int  # steps done before
-    num_steps: int  # steps of the whole run
 
 
 def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,11 +81,12 @@ def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Te
 
 def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     """Steps from where the run stands to its end, or to a request to stop (all ranks)."""
-    config, ranks, num_steps = run.config, run.ranks, run.num_steps
+    config, ranks, num_steps = run.config, run.ranks, run.plan.num_steps
     if run.first_step == 0 and run.data.held_out is not None:
         run.record.metrics(evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
     meter = Meter(ranks, run.flops, peak_flops=ranks.peak_flops(config.log.peak_tflops))
-    for share, waited_s in timed(ranks.together(remaining_steps(run))):
+    for (share, dropped), waited_s in timed(ranks.together_noting(remaining_steps(run), lambda share: share.dropped)):
+        run.late.add(dropped)
         done = share.step.number + 1
         lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
         set_lr(run.optimizer, lr)
@@ -90,12 +94,12 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         loss_sum, grad_norm = train_step(share.packs, run)
         ending.step = done
         meter.add(share.packs, loss_sum, grad_norm, waited_s)
-        run.record.ledger(share.step)
+        run.record.ledger(share.step, dropped)
         run.console.train_step(done, num_steps)
 
         is_last = done == num_steps
         stopping = ranks.any(stop.reason is not None) and not is_last
-        row: dict[str, Any] = {"step": done, "epoch": done / steps_per_epoch(run), "train/lr": lr}
+        row: dict[str, Any] = {"step": done, "epoch": share.step.epochs_done, "train/lr": lr}
         logged = is_last or stopping or is_due(done, config.log.every_steps)
         evaluated = is_last or is_due(done, config.eval.every_steps)
         if logged:
@@ -106,7 +110,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         if logged or evaluated:
             run.record.metrics(row)
         if is_last or stopping or is_due(done, config.checkpoint.every_steps):
-            save(run, done)
+            save(run, done, share.step.epochs_done)
         if stopping:
             return Outcome(STOPPED, f"stopped by {stop.reason or 'another rank'}; start again to go on", done)
     return Outcome(FINISHED, "finished", num_steps)
@@ -114,19 +118,10 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
 
 def remaining_steps(run: Run) -> Iterator[StepPacks]:
     """This rank's packs of every step that is left, in the order of the plan."""
-    config, data = run.config, run.data.train
-    steps = plan_run(
-        cost(data.lengths.tokens, data.lengths.patches),
-        config.batch.examples_per_step,
-        seed=config.run.seed,
-        shuffle=config.data.shuffle,
-        bucket_steps=config.data.bucket_steps,
-        num_steps=run.num_steps,
-        first_step=run.first_step,
-    )
+    config = run.config
     return load_steps(
-        steps,
-        data,
+        run.plan.steps(run.first_step),
+        run.data.train,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
         max_tokens=config.batch.max_tokens_per_pack,
@@ -134,11 +129,6 @@ def remaining_steps(run: Run) -> Iterator[StepPacks]:
         num_workers=config.data.num_workers,
         pin_memory=run.ranks.device.type == "cuda",
     )
-
-
-def steps_per_epoch(run: Run) -> int:
-    """Optimizer steps of one pass over the training examples."""
-    return num_steps_per_epoch(len(run.data.train.examples), run.config.batch.examples_per_step)
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
@@ -165,11 +155,10 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
     return row | evaluation.scores
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, step: int, epoch: float) -> None:
     """A checkpoint of this step (all ranks; the main process writes, the others wait for it)."""
     if run.ranks.is_main:
-        epoch = step / steps_per_epoch(run)
-        state = TrainState(step=step, num_steps=run.num_steps, epoch=epoch, data=run.data.train.fingerprint)
+        state = TrainState(step=step, num_steps=run.plan.num_steps, epoch=epoch, data=run.data.train.fingerprint)
         root = run.config.run.output_dir / "checkpoints"
         save_checkpoint(root, run.model, run.optimizer, state, keep=run.config.checkpoint.keep)
     run.ranks.wait()
@@ -186,7 +175,8 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         ranks.on_main(lambda: make_shapes(shapes))
     model_dir = ranks.on_main(lambda: find_model(config.model))
     processor = load_processor(model_dir)
-    data = load_data(config, processor, patch_shape(model_dir, processor), ranks)
+    with console.measuring() as on_progress:
+        data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
     model = load_model(config, model_dir, ranks.device)
     optimizer = make_optimizer(model.lora_parameters.values(), config.optim)
     state = load_checkpoint(start.checkpoint, model, optimizer) if start.checkpoint is not None else None
@@ -196,29 +186,34 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
             "them, give another run.output_dir, or set run.allow_changes=true to go on with the new ones."
         )
     wrapped = ranks.accelerator.prepare_model(model)
-    num_steps = total_steps(
-        len(data.train.examples), config.batch.examples_per_step, config.optim.num_epochs, config.optim.max_steps
-    )
+    plan = data.plan(config)
     first_step = state.step if state is not None else 0
     if ranks.is_main:
         directory.begin(config, start)
         write_bad_rows(config.run.output_dir / BAD_ROWS, data.bad)
     ranks.wait()
-    record = Record(config.run.output_dir, is_main=ranks.is_main, keep_to_step=first_step, data=data.train)
-    record.dropped(data.dropped)
+    record = Record(config.run.output_dir, is_main=ranks.is_main, keep_to_step=first_step, data=data.train, plan=plan)
+    record.dropped(data.dropped, step=0)
+    late = LateFaults(
+        ranks.on_main(record.dropped_while_training),
+        record=record,
+        num_examples=len(data.train.examples),
+        max_fraction=config.data.max_bad_fraction,
+    )
     return Run(
         config=config,
         ranks=ranks,
         console=console,
         processor=processor,
         data=data,
+        plan=plan,
+        late=late,
         model=model,
         wrapped=wrapped,
         optimizer=optimizer,
         record=record,
         flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
         first_step=first_step,
-        num_steps=num_steps,
     )
 
 
@@ -233,7 +228,7 @@ def run_once(config: Config, ending: Ending) -> Outcome:
     if start.finished:
         return Outcome(FINISHED, "was finished before", 0)
     run = prepare(config, ranks, console, start)
-    console.prepared(run.config, run.data, run.model, num_steps=run.num_steps, first_step=run.first_step, ranks=ranks)
+    console.prepared(run.config, run.data, run.model, num_steps=run.plan.num_steps, first_step=run.first_step, ranks=ranks)
     ending.step, ending.training = run.first_step, True
     with console, stop.deferred():
         outcome = train(run, stop, ending)

@@ -81,4 +81,4 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def collator(encoder: Encoder, processor: Any, photos: Path, shape: PatchShape) -> Collator:
     budget = PixelBudget(min_pixels=56 * 56, max_pixels=84 * 112)
-    return Collator(encoder, processor.image_processor, root=photos, budget=budget, shape=shape)
+    return Collator(encoder, processor.image_processor, roots=[photos], budget=budget, shape=shape)

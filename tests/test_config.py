@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vl_dist.config import changes, dump, help_text, keys, load, split_words, value_at
+from vl_dist.config import changes, dump, help_text, keys, load, plain, split_words, value_at
 from vl_dist.errors import UserError
-from vl_dist.settings import Config
+from vl_dist.settings import Config, TrainFile
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,7 +91,7 @@ def test_sizes_that_contradict_each_other_are_refused() -> None:
 def test_help_lists_every_key_with_type_default_and_meaning() -> None:
     text = help_text()
     for key in keys():
-        default = "null" if key.default is None else str(key.default)
+        default = "null" if key.default is None else str(plain(key.default))
         assert f"{key.path}  ({key.type}" in text
         assert f"default {default})\n    {key.meaning}" in text
         assert key.meaning
@@ -137,3 +137,27 @@ def test_the_tutorials_recipe_carries_the_tutorials_numbers() -> None:
     assert (optim.lr, optim.schedule, optim.num_epochs, optim.warmup_steps) == (1e-4, "linear", 2, 0)
     assert (optim.weight_decay, optim.max_grad_norm, optim.max_steps) == (0.0, 1.0, None)
     assert yaml.safe_load((ROOT / "recipes" / "coco2014_tutorial.yaml").read_text())["model"]["dtype"] == "auto"
+
+
+def test_training_files_are_one_path_or_several_with_weights(tmp_path: Path) -> None:
+    one, several = load(None, ["data.train=a.jsonl"]), load(None, ["data.train=[a.jsonl,{path: b.jsonl, weight: 2.5}]"])
+    assert one.data.train == (TrainFile(path=Path("a.jsonl"), weight=1.0),)
+    assert several.data.train == (TrainFile(path=Path("a.jsonl")), TrainFile(path=Path("b.jsonl"), weight=2.5))
+    for config, written in ((one, "train: a.jsonl\n"), (several, "train:\n  - a.jsonl\n  - path: b.jsonl\n    weight: 2.5\n")):
+        path = tmp_path / "config.yaml"
+        path.write_text(dump(config))
+        assert load(path) == config
+        assert " ".join(written.split()) in " ".join(dump(config).split())
+    (change,) = changes(one, several)
+    assert (change.before, change.after) == ("a.jsonl", ["a.jsonl", {"path": "b.jsonl", "weight": 2.5}])
+    assert change.trains
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["data.train=[1]", "data.train=null", "data.train=[]", "data.train=[{path: x, wei: 2}]",
+     "data.train=[{path: x, weight: 0}]", "data.train=[{path: x, weight: often}]", "data.train=[{weight: 1}]"],
+)  # fmt: skip
+def test_training_files_of_another_form_are_refused_with_the_form(word: str) -> None:
+    with pytest.raises(UserError, match=r"data\.train .*(path|weights)"):
+        load(None, [word])

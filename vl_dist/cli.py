@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vl_dist.config import dump, keys, load, split_words, value_at
+from vl_dist.config import dump, keys, load, plain, split_words, value_at
 from vl_dist.data.sources.command import add_command
 from vl_dist.errors import UserError
 
@@ -91,4 +91,4 @@ def _settings(arguments: argparse.Namespace) -> None:
         return
     if arguments.key not in {key.path for key in keys()}:
         raise UserError(f"There is no key {arguments.key}. All keys: python train.py --help")
-    sys.stdout.write(f"{value_at(config, arguments.key)}\n")
+    sys.stdout.write(f"{plain(value_at(config, arguments.key))}\n")

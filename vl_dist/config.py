@@ -7,7 +7,7 @@ the tree is an error that names the nearest one. Only this module knows OmegaCon
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vl_dist.errors import UserError
-from vl_dist.settings import Config
+from vl_dist.settings import Config, TrainFile
 
 DEFAULT_RECIPE = Path("recipes/shapes.yaml")
 
@@ -60,6 +60,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora.alpha": _above(0),
     "lora.dropout": ((lambda value: 0 <= value < 1), "must be at least 0 and below 1"),
     "lora.target_modules": ((lambda value: len(value) > 0), "must name at least one layer"),
+    "data.train": (
+        (lambda value: len(value) > 0 and all(0 < file.weight < math.inf for file in value)),
+        "must name at least one file, and weights must be above 0",
+    ),
     "data.resized_height": _at_least(1),
     "data.resized_width": _at_least(1),
     "data.min_pixels": _at_least(1),
@@ -107,20 +111,21 @@ def load(recipe: Path | None, words: Sequence[str] = ()) -> Config:
     given.append(("the command line", _parse_words(words)))
     merged = OmegaConf.structured(Config)
     for source, values in given:
+        _spell_out_train_files(values, source)
         for path, value in _leaves(values):
             _refuse_unknown(path, value, source)
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(values))
         except OmegaConfBaseException as error:
             raise UserError(_wrong_value(error, source)) from None
-    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    config = _with_train_files(OmegaConf.to_object(merged))  # type: ignore[arg-type]
     _check_rules(config)
     return config
 
 
 def dump(config: Config) -> str:
     """The tree as plain YAML, which any reader of YAML takes; itself a valid recipe."""
-    return str(yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
 
 def keys() -> list[Key]:
@@ -139,7 +144,7 @@ def value_at(config: Config, path: str) -> Any:
 def changes(before: Config, after: Config) -> list[Change]:
     """Settings whose values differ, in the order of the tree."""
     rows = [(k, value_at(before, k.path), value_at(after, k.path)) for k in keys()]
-    return [Change(path=k.path, before=old, after=new, trains=k.trains) for k, old, new in rows if old != new]
+    return [Change(path=k.path, before=plain(old), after=plain(new), trains=k.trains) for k, old, new in rows if old != new]
 
 
 def help_text() -> str:
@@ -152,16 +157,20 @@ def help_text() -> str:
     ]
     for k in keys():
         unit = f" in {k.unit}" if k.unit else ""
-        default = "null" if k.default is None else str(k.default)
+        default = "null" if k.default is None else str(plain(k.default))
         lines.append(f"{k.path}  ({k.type}{unit}; default {default})\n    {k.meaning}")
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value of the tree, or the tree, as what YAML and a person know: texts, numbers, lists, mappings."""
+    if isinstance(value, TrainFile) and value.weight == 1.0:
+        return str(value.path)
     if is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        items = [plain(item) for item in value]
+        return items[0] if len(items) == 1 and isinstance(value[0], TrainFile) else items
     return str(value) if isinstance(value, Path) else value
 
 
@@ -184,6 +193,8 @@ def _keys(section: type, prefix: str) -> Iterator[Key]:
 
 
 def _section_type(hint: Any) -> type | None:
+    if get_origin(hint) is tuple:
+        return None
     candidates = [hint, *get_args(hint)]
     return next((c for c in candidates if isinstance(c, type) and is_dataclass(c)), None)
 
@@ -191,6 +202,8 @@ def _section_type(hint: Any) -> type | None:
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " | ".join(get_args(hint))
+    if get_args(hint) == (TrainFile, ...):
+        return "path | list of path or {path, weight}"
     if get_origin(hint) is tuple:
         return f"list of {_type_name(get_args(hint)[0])}"
     if get_args(hint):
@@ -240,6 +253,34 @@ def _parse_value(text: str) -> Any:
     return value
 
 
+def _spell_out_train_files(values: dict[str, Any], source: str) -> None:
+    """Writes data.train as a list of mappings, the one form that OmegaConf checks."""
+    data = values.get("data")
+    if not isinstance(data, dict) or "train" not in data:
+        return
+    given = data["train"] if isinstance(data["train"], list) else [data["train"]]
+    for item in given:
+        names = item.keys() if isinstance(item, dict) else set()
+        weight = item.get("weight", 1) if isinstance(item, dict) else 1
+        known = "path" in names and not names - {"path", "weight"} and isinstance(item["path"], str)
+        if not isinstance(item, str) and not (known and type(weight) in (int, float)):
+            raise UserError(
+                f"data.train in {source} is {data['train']!r}, but must be a path, or a list whose items are paths or "
+                "{path: PATH, weight: NUMBER}."
+            )
+    data["train"] = [{"path": item} if isinstance(item, str) else item for item in given]
+
+
+def _with_train_files(config: Config) -> Config:
+    """OmegaConf gives the items of a tuple as plain mappings."""
+    given: Any = config.data.train
+    files = tuple(
+        item if isinstance(item, TrainFile) else TrainFile(path=Path(item["path"]), weight=float(item.get("weight", 1.0)))
+        for item in given
+    )
+    return replace(config, data=replace(config.data, train=files))
+
+
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict) and value:
@@ -282,7 +323,7 @@ def _check_rules(config: Config) -> None:
     for path, (holds, rule) in RULES.items():
         value = value_at(config, path)
         if value is not None and not holds(value):
-            raise UserError(f"{path} is {value!r}, but {rule}.")
+            raise UserError(f"{path} is {plain(value)!r}, but {rule}.")
     data = config.data
     if (data.resized_height is None) != (data.resized_width is None):
         raise UserError("data.resized_height and data.resized_width go together: give both or neither.")

@@ -51,10 +51,22 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainFile:
+    """One file of training records."""
+
+    path: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Which records, and how they become tokens and patches."""
 
-    train: Path = key(Path("data_vl.json"), "training records: records.jsonl, or the tutorial's data_vl.json")
+    train: tuple[TrainFile, ...] = key(
+        (TrainFile(path=Path("data_vl.json")),),
+        "training records: a file (records.jsonl, or the tutorial's data_vl.json), or several; weight: how often an epoch "
+        "has the file's examples, a fraction meaning so many of them, others each epoch",
+    )
     eval: str | None = key(None, "held-out records: a file, or last:N of the training records; null: train on every record")
     image_root: Path | None = key(None, "image paths are relative to this folder; null: the record file's folder")
     resized_height: int | None = key(None, "every image is resized to this height", "pixels")
@@ -74,6 +86,15 @@ class DataConfig:
     max_image_bytes: int = key(50 * 2**20, "larger image files are not used", "bytes")
     allow_urls: bool = key(False, "images may be http(s) URLs, each downloaded once; false: they are not used")
     url_cache: Path = key(Path("data/url_cache"), "folder that keeps downloaded images", trains=False)
+    lengths_cache: str | None = key(
+        "auto",
+        "folder that keeps what was measured of record files; auto: .lengths beside each; null: measured at each start",
+        trains=False,
+    )
+    share_prefix: bool = key(
+        False,
+        "encode an image and its prompt once for all their answers; exact without lora.dropout, which they then share",
+    )
     shuffle: bool = key(True, "shuffle examples anew each epoch; false: steps are consecutive examples")
     bucket_steps: int = key(
         8, "steps whose shuffled examples are sorted by cost before they are cut into steps; 1: none", "steps"

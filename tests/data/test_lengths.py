@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.examples import SEVEN
 from vl_dist.data.collate import Collator
+from vl_dist.data.examples import in_memory
 from vl_dist.data.images import ImageError, PatchShape, PixelBudget
 from vl_dist.data.lengths import Fitted, HeaderReader, Overflow, fit, measure, read_sizes
 from vl_dist.data.records import Example, ImagePart, Message, TextPart
@@ -20,7 +22,15 @@ def headers(photos: Path, shape: PatchShape, collator: Collator) -> HeaderReader
 
 
 def fitted(collator: Collator, headers: HeaderReader, max_tokens: int, overflow: Overflow) -> Fitted:
-    return fit(SEVEN, collator.encoder, headers, max_tokens=max_tokens, overflow=overflow)
+    return fit_all(SEVEN, collator, headers, max_tokens, overflow)
+
+
+def fit_all(
+    examples: Sequence[Example], collator: Collator, headers: HeaderReader, max_tokens: int, overflow: Overflow
+) -> Fitted:
+    lengths = measure(examples, collator.encoder, headers)
+    chosen = in_memory(examples)
+    return fit(chosen, lengths, collator.encoder, [headers], max_tokens=max_tokens, overflow=overflow)
 
 
 def test_what_fits_is_left_alone_by_every_rule(collator: Collator, headers: HeaderReader) -> None:
@@ -40,7 +50,7 @@ def test_too_long_examples_are_dropped_and_counted_with_both_lengths(collator: C
 
 
 def measure_all(collator: Collator, headers: HeaderReader) -> list[int]:
-    return measure(SEVEN, collator.encoder, headers, max_tokens=150).tokens.tolist()
+    return measure(SEVEN, collator.encoder, headers).tokens.tolist()
 
 
 @pytest.mark.parametrize("max_tokens", [32, 36, 40, 44, 50])
@@ -55,7 +65,7 @@ def test_images_shrink_to_what_fits_and_the_collator_makes_the_same_size_of_them
         assert batch.num_tokens <= max_tokens
     assert len(found.examples) + len(found.dropped) == len(SEVEN)
     assert any(example.max_pixels is not None for example in found.examples)
-    assert found.examples == fitted(collator, headers, max_tokens, "shrink_images").examples
+    assert list(found.examples) == list(fitted(collator, headers, max_tokens, "shrink_images").examples)
 
 
 def test_images_shrink_no_more_than_they_must(collator: Collator, headers: HeaderReader, shape: PatchShape) -> None:
@@ -87,9 +97,9 @@ def test_a_lower_bound_that_was_asked_for_is_kept(collator: Collator, photos: Pa
     example = Example("a", (Message("user", (ImagePart("cat.jpg"), TextPart("COCO Yes:"))),), "A man.")
     generous = HeaderReader(photos, PixelBudget(max_pixels=84 * 112), shape)
     strict = HeaderReader(photos, PixelBudget(min_pixels=84 * 84, max_pixels=84 * 112), shape)
-    needed = int(measure([example], collator.encoder, generous, max_tokens=150).tokens[0])
+    needed = int(measure([example], collator.encoder, generous).tokens[0])
     for headers, num_kept in ((generous, 1), (strict, 0)):
-        found = fit([example], collator.encoder, headers, max_tokens=needed - 4, overflow="shrink_images")
+        found = fit_all([example], collator, headers, needed - 4, "shrink_images")
         assert len(found.examples) == num_kept
 
 
@@ -113,7 +123,7 @@ def test_grids_of_an_unusable_image_name_image_and_example(photos: Path, shape: 
     assert headers.fault(example) is not None
 
 
-@pytest.mark.parametrize("module", ["lengths", "validate", "validate_command", "image_files"])
+@pytest.mark.parametrize("module", ["lengths", "validate", "validate_command", "image_files", "index", "plan", "assign"])
 def test_lengths_need_no_torch(module: str) -> None:
     code = f"import sys, vl_dist.data.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

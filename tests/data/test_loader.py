@@ -3,28 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tests.examples import SEVEN
 from vl_dist.data.collate import Collator
+from vl_dist.data.examples import in_memory
+from vl_dist.data.groups import group_examples
 from vl_dist.data.images import PatchShape
-from vl_dist.data.lengths import HeaderReader, measure
+from vl_dist.data.lengths import HeaderReader, fit, measure
 from vl_dist.data.loader import LoadedData, StepPacks, load_steps
-from vl_dist.data.plan import plan_run
-from vl_dist.data.records import Example, ImagePart, Message
+from vl_dist.data.plan import make_plan
 from vl_dist.errors import UserError
 
 
 @pytest.fixture
 def data(collator: Collator, photos: Path, shape: PatchShape) -> LoadedData:
     headers = HeaderReader(photos, collator.budget, shape)
-    return LoadedData(SEVEN, measure(SEVEN, collator.encoder, headers, max_tokens=150), collator)
+    return LoadedData(SEVEN, measure(SEVEN, collator.encoder, headers), collator)
 
 
 def load(data: LoadedData, **changed: Any) -> list[StepPacks]:
-    steps = plan_run(np.ones(7), 4, seed=1, shuffle=True, num_steps=4)
+    steps = make_plan(group_examples(data.lengths), 4, seed=1, shuffle=True, num_epochs=2).steps()
     return list(load_steps(steps, data, **({"rank": 0, "world_size": 1, "max_tokens": 150} | changed)))
 
 
@@ -70,24 +70,30 @@ def test_loading_draws_nothing_from_the_random_state_that_dropout_uses(data: Loa
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_went_bad_after_the_start_is_named(
+def test_an_example_whose_image_went_bad_after_the_start_leaves_its_pack_and_nothing_replaces_it(
     data: LoadedData, photos: Path, num_workers: int, tmp_path: Path, processor: Any, shape: PatchShape
 ) -> None:
+    for photo in photos.iterdir():
+        (tmp_path / photo.name).write_bytes(photo.read_bytes())
     (tmp_path / "cat.jpg").write_bytes((photos / "cat.jpg").read_bytes()[:5000])
-    example = Example("torn", (Message("user", (ImagePart("cat.jpg"),)),), "A cat.")
-    collator = Collator(
-        data.collator.encoder, processor.image_processor, root=tmp_path, budget=data.collator.budget, shape=shape
-    )
-    torn = LoadedData([example] * 7, data.lengths, collator)
-    with pytest.raises(UserError, match=r"Example torn: image cat\.jpg: cannot be decoded"):
-        load(torn, num_workers=num_workers)
+    encoder, budget = data.collator.encoder, data.collator.budget
+    collator = Collator(encoder, processor.image_processor, roots=[tmp_path], budget=budget, shape=shape)
+    torn = load(LoadedData(SEVEN, data.lengths, collator), num_workers=num_workers)
+    for whole, share in zip(load(data), torn, strict=True):
+        had = [name for pack in whole.packs for name in pack.example_ids]
+        has = [name for pack in share.packs for name in pack.example_ids]
+        assert has == [name for name in had if name != "cat"]
+        assert [one.id for one in share.dropped] == ["cat"] * ("cat" in had)
+        assert all("image cat.jpg: cannot be decoded" in one.reason for one in share.dropped)
+        assert whole.dropped == ()
+    assert any(share.dropped for share in torn)
 
 
 def test_an_example_longer_than_a_pack_is_refused_with_the_keys_to_change(
-    collator: Collator, photos: Path, shape: PatchShape
+    collator: Collator, photos: Path, shape: PatchShape, data: LoadedData
 ) -> None:
     headers = HeaderReader(photos, collator.budget, shape)
     with pytest.raises(UserError) as refused:
-        measure(SEVEN, collator.encoder, headers, max_tokens=40)
+        fit(in_memory(SEVEN), data.lengths, collator.encoder, [headers], max_tokens=40, overflow="error")
     for part in ("Example cat has 47 tokens", "a pack holds 40", "batch.max_tokens_per_pack", "data.max_pixels"):
         assert part in str(refused.value)

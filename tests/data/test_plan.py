@@ -1,47 +1,48 @@
-"""The plan and the packs, swept over sizes without a process group."""
+"""The plan, swept over sizes without a process group."""
+
+import dataclasses
+from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from vl_dist.data.groups import Groups, group_examples, group_numbers
 from vl_dist.data.lengths import Lengths
-from vl_dist.data.plan import (
-    assign,
-    cost,
-    num_steps_per_epoch,
-    pack_lengths,
-    padded_length,
-    plan_epoch,
-    plan_run,
-    total_steps,
-)
-
-MAX_TOKENS = 1000
+from vl_dist.data.plan import Plan, Step, cut, make_plan, num_steps_per_epoch, plan_epoch
 
 
-def lengths_of(tokens: list[int]) -> Lengths:
-    array = np.array(tokens, dtype=np.int64)
-    return Lengths(array, array // 10, array * 2, np.ones_like(array))
+def groups_of(costs: NDArray[np.float64], sizes: list[int] | None = None, **changed: Any) -> Groups:
+    """Groups of these costs; of one example each, or of these sizes."""
+    starts = np.concatenate([[0], np.cumsum(sizes or np.ones(len(costs), dtype=np.int64))]).astype(np.int64)
+    plain: dict[str, Any] = {"files": np.zeros(len(costs), dtype=np.int64), "weights": (1.0,)}
+    return Groups(members=np.arange(starts[-1]), starts=starts, costs=costs, **(plain | changed))
 
 
-def flat(count: int) -> NDArray[np.float64]:
-    return np.ones(count)
+def flat(count: int) -> Groups:
+    return groups_of(np.ones(count))
 
 
-sizes = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=60)
+def plan_of(groups: Groups, per_step: int, **changed: Any) -> Plan:
+    return make_plan(groups, per_step, **({"seed": 4, "shuffle": True, "num_epochs": 1} | changed))
+
+
+def shown(steps: list[Step]) -> list[tuple[int, int, list[int], bool, float]]:
+    return [(s.number, s.epoch, s.examples.tolist(), s.ends_epoch, s.epochs_done) for s in steps]
 
 
 @given(count=st.integers(1, 300), per_step=st.integers(1, 40), seed=st.integers(0, 9), shuffle=st.booleans())
 def test_an_epoch_has_each_example_once_in_steps_of_the_wanted_size(
     count: int, per_step: int, seed: int, shuffle: bool
 ) -> None:
-    steps = plan_epoch(flat(count), per_step, seed=seed, epoch=3, shuffle=shuffle)
+    steps = plan_epoch(flat(count), per_step, seed=seed, epoch=3, shuffle=shuffle, first=50)
     assert sorted(n for step in steps for n in step.examples) == list(range(count))
     assert [len(step.examples) for step in steps[:-1]] == [per_step] * (len(steps) - 1)
     assert len(steps) == num_steps_per_epoch(count, per_step)
-    assert [step.number for step in steps] == list(range(3 * len(steps), 4 * len(steps)))
+    assert [step.number for step in steps] == list(range(50, 50 + len(steps)))
+    assert [step.ends_epoch for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert steps[-1].epochs_done == 4
 
 
 def test_the_same_seed_makes_the_same_plan_and_each_epoch_another() -> None:
@@ -57,65 +58,25 @@ def test_without_shuffling_steps_are_consecutive_examples() -> None:
     assert [step.examples.tolist() for step in steps] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-@given(count=st.integers(1, 60), per_step=st.integers(1, 20), epochs=st.integers(1, 4), data=st.data())
-def test_resuming_is_the_rest_of_the_same_plan(count: int, per_step: int, epochs: int, data: st.DataObject) -> None:
-    num_steps = total_steps(count, per_step, epochs, data.draw(st.none() | st.integers(1, 30)))
-    first = data.draw(st.integers(0, num_steps))
-
-    def plan(first_step: int) -> list[tuple[int, int, list[int]]]:
-        steps = plan_run(flat(count), per_step, seed=4, shuffle=True, num_steps=num_steps, first_step=first_step)
-        return [(step.number, step.epoch, step.examples.tolist()) for step in steps]
-
-    assert [number for number, _, _ in plan(0)] == list(range(num_steps))
-    assert plan(first) == plan(0)[first:]
-
-
-@settings(max_examples=200, deadline=None)
-@given(tokens=sizes, world=st.integers(1, 16))
-def test_packs_hold_each_example_once_under_the_cap_and_ranks_have_equally_many(tokens: list[int], world: int) -> None:
-    step = plan_epoch(flat(len(tokens)), len(tokens), seed=0, epoch=0, shuffle=True)[0]
-    assignment = assign(step, lengths_of(tokens), world_size=world, max_tokens=MAX_TOKENS)
-    packs = [pack for rank in assignment.packs for pack in rank]
-    assert sorted(n for pack in packs for n in pack) == list(range(len(tokens)))
-    assert all(sum(tokens[n] for n in pack) <= MAX_TOKENS for pack in packs)
-    assert {len(rank) for rank in assignment.packs} == {assignment.num_packs_per_rank}
-    assert len(assignment.packs) == world
-    assert assignment == assign(step, lengths_of(tokens), world_size=world, max_tokens=MAX_TOKENS)
-
-
-def test_ranks_get_about_the_same_work() -> None:
-    rng = np.random.default_rng(0)
-    tokens = np.clip(rng.lognormal(5.5, 0.6, size=256), 20, MAX_TOKENS).astype(int).tolist()
-    lengths = lengths_of(tokens)
-    step = plan_epoch(flat(256), 256, seed=0, epoch=0, shuffle=True)[0]
-    assignment = assign(step, lengths, world_size=8, max_tokens=MAX_TOKENS)
-    costs = cost(lengths.tokens, lengths.patches)
-    loads = [sum(costs[n] for pack in rank for n in pack) for rank in assignment.packs]
-    assert np.mean(loads) / max(loads) > 0.97
-
-
-def test_a_step_that_fits_one_pack_is_one_pack_in_its_own_order() -> None:
-    step = plan_epoch(flat(4), 4, seed=0, epoch=0, shuffle=True)[0]
-    assignment = assign(step, lengths_of([100, 300, 200, 50]), world_size=1, max_tokens=MAX_TOKENS)
-    assert assignment.packs == ((tuple(int(n) for n in step.examples),),)
-
-
-def test_ranks_without_an_example_get_fillers() -> None:
-    step = plan_epoch(flat(2), 2, seed=0, epoch=0, shuffle=False)[0]
-    assignment = assign(step, lengths_of([10, 10]), world_size=4, max_tokens=MAX_TOKENS)
-    assert sorted(len(pack) for rank in assignment.packs for pack in rank) == [0, 0, 1, 1]
+@given(
+    count=st.integers(1, 60),
+    per_step=st.integers(1, 20),
+    epochs=st.integers(1, 4),
+    weight=st.sampled_from([0.3, 1.0, 2.0, 2.5]),
+    data=st.data(),
+)
+def test_resuming_is_the_rest_of_the_same_plan(
+    count: int, per_step: int, epochs: int, weight: float, data: st.DataObject
+) -> None:
+    groups = groups_of(np.ones(count), weights=(weight,))
+    plan = plan_of(groups, per_step, num_epochs=epochs, max_steps=data.draw(st.none() | st.integers(1, 30)))
+    first = data.draw(st.integers(0, plan.num_steps))
+    assert [step.number for step in plan.steps()] == list(range(plan.num_steps))
+    assert shown(list(plan.steps(first))) == shown(list(plan.steps()))[first:]
 
 
 def test_max_steps_ends_a_run_early_and_never_makes_it_longer() -> None:
-    assert total_steps(10, 4, 2, None) == 6
-    assert total_steps(10, 4, 2, 5) == 5
-    assert total_steps(10, 4, 2, 50) == 6
-
-
-def test_an_example_longer_than_a_pack_never_gets_here() -> None:
-    step = plan_epoch(flat(1), 1, seed=0, epoch=0, shuffle=False)[0]
-    with pytest.raises(AssertionError, match="longer than a pack"):
-        assign(step, lengths_of([MAX_TOKENS + 1]), world_size=1, max_tokens=MAX_TOKENS)
+    assert [plan_of(flat(10), 4, num_epochs=2, max_steps=m).num_steps for m in (None, 5, 50)] == [6, 5, 6]
 
 
 def mixed_costs(count: int) -> NDArray[np.float64]:
@@ -126,7 +87,7 @@ def test_bucketed_steps_hold_like_examples_and_follow_each_other_at_random() -> 
     costs = mixed_costs(32_000)
     spreads, means = {}, {}
     for bucket_steps in (1, 8):
-        steps = plan_epoch(costs, 16, seed=0, epoch=0, shuffle=True, bucket_steps=bucket_steps)
+        steps = plan_epoch(groups_of(costs), 16, seed=0, epoch=0, shuffle=True, bucket_steps=bucket_steps)
         spreads[bucket_steps] = np.mean([costs[step.examples].std() for step in steps])
         means[bucket_steps] = np.array([costs[step.examples].mean() for step in steps])
     assert spreads[8] < 0.5 * spreads[1]
@@ -139,18 +100,107 @@ def test_bucketed_steps_hold_like_examples_and_follow_each_other_at_random() -> 
 def test_bucketing_keeps_each_example_once_and_every_step_full_but_the_last(
     count: int, per_step: int, bucket_steps: int, epoch: int
 ) -> None:
-    steps = plan_epoch(mixed_costs(count), per_step, seed=1, epoch=epoch, shuffle=True, bucket_steps=bucket_steps)
+    groups = groups_of(mixed_costs(count))
+    steps = plan_epoch(groups, per_step, seed=1, epoch=epoch, shuffle=True, bucket_steps=bucket_steps)
     assert sorted(n for step in steps for n in step.examples) == list(range(count))
     assert [len(step.examples) for step in steps[:-1]] == [per_step] * (len(steps) - 1)
-    assert [step.number for step in steps] == [epoch * len(steps) + n for n in range(len(steps))]
 
 
-@given(max_tokens=st.integers(1, 9000), count=st.integers(1, 16), data=st.data())
-def test_a_pack_is_padded_to_the_shortest_length_that_holds_it(max_tokens: int, count: int, data: st.DataObject) -> None:
-    lengths = pack_lengths(max_tokens, count)
-    tokens = data.draw(st.integers(0, max_tokens))
-    chosen = padded_length(tokens, lengths)
-    assert len(lengths) <= count
-    assert chosen >= tokens
-    assert all(length < tokens for length in lengths if length < chosen)
-    assert lengths[-1] == max_tokens
+grouped = st.integers(1, 12).flatmap(
+    lambda per_step: st.tuples(st.just(per_step), st.lists(st.integers(1, per_step), min_size=1, max_size=60))
+)
+
+
+@settings(deadline=None)
+@given(sized=grouped, shuffle=st.booleans(), bucket_steps=st.integers(1, 4), seed=st.integers(0, 5))
+def test_groups_stay_whole_and_steps_are_as_near_to_the_wanted_size_as_they_allow(
+    sized: tuple[int, list[int]], shuffle: bool, bucket_steps: int, seed: int
+) -> None:
+    per_step, sizes = sized
+    groups = groups_of(mixed_costs(len(sizes)), sizes)
+    steps = plan_epoch(groups, per_step, seed=seed, epoch=0, shuffle=shuffle, bucket_steps=bucket_steps)
+    assert sorted(n for step in steps for n in step.examples) == list(range(sum(sizes)))
+    assert len(steps) == num_steps_per_epoch(sum(sizes), per_step)
+    assert all(len(step.examples) > 0 for step in steps)
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
+    for step in steps:
+        chosen = group_of[step.examples]
+        assert len(np.unique(chosen)) == 1 + int((np.diff(chosen) != 0).sum()), "a group's examples are not neighbours"
+        assert all(int((chosen == group).sum()) == sizes[group] for group in chosen)
+
+
+@given(sized=grouped)
+def test_cuts_are_at_the_nearest_boundaries_and_leave_no_step_empty(sized: tuple[int, list[int]]) -> None:
+    per_step, sizes = sized
+    cuts = cut(np.array(sizes), per_step).tolist()
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    assert cuts[0] == 0 and cuts[-1] == len(sizes) and all(a < b for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    for n, place in enumerate(cuts[1:-1], start=1):
+        off = abs(int(ends[place]) - n * per_step)
+        nearest = min(abs(int(end) - n * per_step) for end in ends)
+        # Farther than the nearest only where a step would be empty otherwise.
+        assert off == nearest or place in (cuts[n - 1] + 1, cuts[n + 1] - 1)
+
+
+def test_five_captions_of_an_image_make_steps_of_about_the_wanted_size() -> None:
+    steps = plan_epoch(groups_of(np.ones(400), [5] * 400), 32, seed=0, epoch=0, shuffle=True)
+    counts = [len(step.examples) for step in steps]
+    assert set(counts[:-1]) == {30, 35} and sum(counts) == 2000 and len(counts) == 63
+
+
+def test_a_whole_weight_repeats_a_file_and_a_fraction_goes_round_it() -> None:
+    files = np.array([0] * 10 + [1] * 7)
+    plan = plan_of(groups_of(np.ones(17), files=files, weights=(0.3, 2.0)), 4, num_epochs=10)
+    times = np.array([plan.times(epoch) for epoch in range(10)])
+    assert (times[:, 10:] == 2).all()
+    assert (times[:, :10].sum(axis=1) == 3).all() and (times[:, :10].sum(axis=0) == 3).all()
+    assert not (times[0, :10] == times[1, :10]).all()
+    assert plan.num_steps == 10 * num_steps_per_epoch(17, 4)
+    for epoch in range(10):
+        found = np.bincount(np.concatenate([step.examples for step in plan.epoch(epoch)]), minlength=17)
+        assert (found == times[epoch]).all()
+
+
+@given(weight=st.floats(0.05, 3.0), count=st.integers(1, 40), epochs=st.integers(1, 12))
+def test_over_many_epochs_a_weight_treats_all_groups_of_a_file_alike(weight: float, count: int, epochs: int) -> None:
+    plan = plan_of(groups_of(np.ones(count), weights=(weight,)), 5, num_epochs=epochs)
+    total = np.sum([plan.times(epoch) for epoch in range(epochs)], axis=0)
+    assert total.max() - total.min() <= 1
+    assert abs(total.sum() - weight * count * epochs) <= 1
+    assert plan.num_steps == sum(len(plan.epoch(epoch)) for epoch in range(epochs))
+
+
+def test_weights_of_one_change_nothing() -> None:
+    files = np.array([0, 1] * 20)
+    plain, weighted = (
+        plan_of(groups_of(mixed_costs(40), files=files, weights=weights), 6, num_epochs=2, bucket_steps=2)
+        for weights in ((1.0, 1.0), (1.0000000001, 1.0))
+    )
+    assert sorted(plain.times(0)) == [1] * 40
+    assert shown(list(plain.steps())) == shown(list(plan_of(groups_of(mixed_costs(40)), 6, num_epochs=2, bucket_steps=2).steps()))
+    assert (weighted.times(0) == 1).all()
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 5))
+def test_group_numbers_follow_the_first_examples_and_large_groups_are_halved_evenly(trunks: list[int], most: int) -> None:
+    numbers = group_numbers(np.array(trunks), len(trunks), most)
+    first = [numbers.tolist().index(n) for n in range(int(numbers.max()) + 1)]
+    assert first == sorted(first)
+    sizes = np.bincount(numbers)
+    assert sizes.max() <= most and sizes.min() >= 1
+    for trunk in set(trunks):
+        parts = sizes[np.unique(numbers[np.array(trunks) == trunk])]
+        assert parts.sum() == trunks.count(trunk) and parts.max() - parts.min() <= 1
+        assert len(parts) == -(-trunks.count(trunk) // most)
+    assert (group_numbers(None, len(trunks), most) == np.arange(len(trunks))).all()
+
+
+def test_a_groups_cost_counts_its_trunk_and_images_once_and_one_branch_is_the_plain_example() -> None:
+    rows = [(130, 15, 400, 1, 114), (128, 13, 400, 1, 114), (50, 20, 0, 0, 29)]
+    alone = group_examples(Lengths.of_rows(rows))
+    shared = group_examples(dataclasses.replace(Lengths.of_rows(rows), group=np.array([0, 0, 1])))
+    tokens = np.array([130, 128, 50])
+    assert np.allclose(alone.costs, tokens + tokens**2 / 20_000 + 0.25 * np.array([400, 400, 0]))
+    pairs = 114**2 + 16**2 + 14**2 + 2 * 114 * (16 + 14)
+    assert np.allclose(shared.costs, [114 + 16 + 14 + pairs / 20_000 + 100, alone.costs[2]])
+    assert shared.sizes.tolist() == [2, 1]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vl_dist.data.record_files import BadRow, read_records, read_rows, split_held_out
+from vl_dist.data.record_files import BadRow, read_records, read_rows
 from vl_dist.data.records import (
     ImagePart,
     Message,
@@ -164,15 +164,6 @@ def test_unicode_line_separators_inside_text_do_not_end_a_line(tmp_path: Path) -
     row = record(messages=[USER, {"role": "assistant", "content": text}])
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_records(path, default_prompt="")[0].answers == (text,)
-
-
-def test_holding_out_takes_the_last_records_and_leaves_some() -> None:
-    records = [parse_record(record(id=str(n))) for n in range(5)]
-    train, held_out = split_held_out(records, 2)
-    assert [r.id for r in train] == ["0", "1", "2"]
-    assert [r.id for r in held_out] == ["3", "4"]
-    with pytest.raises(UserError, match="only 5 records"):
-        split_held_out(records, 5)
 
 
 def test_the_usual_prompt_is_the_most_common_whatever_its_images() -> None:

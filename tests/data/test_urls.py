@@ -134,7 +134,7 @@ def test_training_sees_the_downloaded_photograph_where_settings_allow_urls(
     at_home, away = (Example("e", (Message("user", (ImagePart(p),)),), "A cat.") for p in ("cat.jpg", site.url("/cat.jpg")))
     headers = HeaderReader(photos, collator.budget, shape, limits)
     online = Collator(
-        collator.encoder, processor.image_processor, root=photos, budget=collator.budget, shape=shape, limits=limits
+        collator.encoder, processor.image_processor, roots=[photos], budget=collator.budget, shape=shape, limits=limits
     )
     assert headers.grids(away) == headers.grids(at_home)
     assert torch.equal(online.pack([away]).pixel_values, collator.pack([at_home]).pixel_values)

@@ -13,17 +13,18 @@ import train
 from tests.commands import read_rows
 from vl_dist.cli import main
 from vl_dist.data.images import PatchShape
-from vl_dist.data.record_files import BadRow, Row
+from vl_dist.data.record_files import BadRow
 from vl_dist.data.records import Record
 from vl_dist.data.validate import (
+    ScannedFile,
     kinds_of,
     refuse_too_many_bad,
     scan,
-    splits,
+    training_rows,
     write_bad_rows,
 )
 from vl_dist.errors import UserError
-from vl_dist.settings import DataConfig
+from vl_dist.settings import DataConfig, TrainFile
 
 GOOD = ("cat.jpg", "rocket.jpg", "coffee.jpg", "china.jpg")
 
@@ -38,8 +39,8 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def ids(rows: tuple[Row, ...] | tuple[Record, ...]) -> list[str | None]:
-    return [one.id for one in rows]
+def data_of(path: Path, **others: Any) -> DataConfig:
+    return DataConfig(train=(TrainFile(path=path),), **others)
 
 
 MIXED = [row("a"), "{broken", row("b"), row("c", "absent.jpg"), row("b"), row("d", "rocket.jpg")]
@@ -47,25 +48,29 @@ MIXED = [row("a"), "{broken", row("b"), row("c", "absent.jpg"), row("b"), row("d
 
 @pytest.fixture
 def data(tmp_path: Path, photos: Path) -> DataConfig:
-    return DataConfig(train=write(tmp_path / "records.jsonl", MIXED), image_root=photos)
+    return data_of(write(tmp_path / "records.jsonl", MIXED), image_root=photos)
 
 
 def test_rows_that_cannot_be_used_are_named_by_place_id_and_reason(data: DataConfig, shape: PatchShape) -> None:
     (file,) = scan(data, shape)
     assert [type(one) for one in file.rows] == [Record, BadRow, Record, BadRow, BadRow, Record]
     broken, absent, twice = file.bad
-    assert (broken.id, broken.place) == (None, f"{data.train}, line 2")
-    assert (absent.id, absent.place) == ("c", f"{data.train}, line 4")
-    assert (twice.id, twice.place) == ("b", f"{data.train}, line 5")
+    assert (broken.id, broken.place) == (None, f"{data.train[0].path}, line 2")
+    assert (absent.id, absent.place) == ("c", f"{data.train[0].path}, line 4")
+    assert (twice.id, twice.place) == ("b", f"{data.train[0].path}, line 5")
     for one, part in ((broken, "JSON"), (absent, "image absent.jpg: there is no such file"), (twice, "line 3")):
         assert part in one.reason
 
 
+def refuse(file: ScannedFile, max_bad_fraction: float) -> None:
+    refuse_too_many_bad(file.path, file.bad, len(file.rows), max_bad_fraction)
+
+
 def test_the_budget_is_a_fraction_of_each_files_rows(data: DataConfig, shape: PatchShape) -> None:
-    files = scan(data, shape)
-    refuse_too_many_bad(files, 0.5)
+    (file,) = scan(data, shape)
+    refuse(file, 0.5)
     with pytest.raises(UserError) as refused:
-        refuse_too_many_bad(files, 0.49)
+        refuse(file, 0.49)
     for part in ("3 of 6 records", "data.max_bad_fraction=0.49", "line 2", "line 4", "absent.jpg", "'c'", "line 5"):
         assert part in str(refused.value)
 
@@ -73,30 +78,28 @@ def test_the_budget_is_a_fraction_of_each_files_rows(data: DataConfig, shape: Pa
 def test_a_message_about_many_bad_rows_names_the_first_few_and_their_number(tmp_path: Path, shape: PatchShape) -> None:
     path = write(tmp_path / "records.jsonl", [row(f"r{n}", "absent.jpg") for n in range(30)])
     with pytest.raises(UserError, match=r"30 of 30 records(.|\n)*line 5 (.|\n)*and 25 more") as refused:
-        refuse_too_many_bad(scan(DataConfig(train=path), shape), 0.01)
+        refuse(scan(data_of(path), shape)[0], 0.01)
     assert "line 6 " not in str(refused.value)
 
 
-def test_a_bad_row_moves_no_other_between_training_and_held_out(tmp_path: Path, photos: Path, shape: PatchShape) -> None:
-    for bad in (None, 1, 4):
-        rows: list[Any] = [row(str(n)) for n in range(6)]
-        if bad is not None:
-            rows[bad] = row(str(bad), "absent.jpg")
-        path = write(tmp_path / "records.jsonl", rows)
-        train_split, held_out = splits(scan(DataConfig(train=path, image_root=photos), shape), "last:2")
-        assert held_out is not None
-        assert ids(train_split.records) == [str(n) for n in range(4) if n != bad]
-        assert ids(held_out.records) == [str(n) for n in (4, 5) if n != bad]
+def test_the_last_rows_of_all_files_together_are_held_out_usable_or_not() -> None:
+    assert training_rows([5], None) == training_rows([5], "held_out.jsonl") == [5]
+    assert training_rows([5], "last:2") == [3]
+    assert training_rows([4, 3], "last:2") == [4, 1]
+    assert training_rows([4, 3], "last:3") == [4, 0]
+    assert training_rows([4, 3, 1], "last:5") == [3, 0, 0]
+    for held_out in ("last:5", "last:9"):
+        with pytest.raises(UserError, match="only 5 records"):
+            training_rows([5], held_out)
 
 
-def test_a_held_out_file_of_its_own_has_its_own_root_and_budget(tmp_path: Path, photos: Path, shape: PatchShape) -> None:
-    train_file = write(tmp_path / "records.jsonl", [row("a", "../photo.jpg")])
-    held = write(photos / "held_out.jsonl", [row("b"), row("c")])
-    files = scan(DataConfig(train=train_file, eval=str(held)), shape)
-    assert [len(file.bad) for file in files] == [1, 0]
-    with pytest.raises(UserError, match=r"None of the 1 records of data\.train"):
-        splits(files, str(held))
-    held.unlink()
+def test_the_command_refuses_where_nothing_is_left_to_train_on(
+    recipe: Path, tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "records.jsonl", [row("a", "absent.jpg")])
+    held = write(tmp_path / "held_out.jsonl", [row("b"), row("c")])
+    assert main(["validate", str(recipe), f"data.eval={held}", "data.max_bad_fraction=1"]) == 2
+    assert "None of the 1 records of data.train" in capsys.readouterr().err
 
 
 def test_the_report_reads_back_and_an_empty_one_is_there_too(data: DataConfig, shape: PatchShape, tmp_path: Path) -> None:

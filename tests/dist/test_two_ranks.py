@@ -83,7 +83,7 @@ def test_the_ledger_is_the_same_and_has_each_example_once(runs: dict[int, Path])
     assert one == two
     ids = [name for row in two for name in row.get("ids", ())]
     assert len(set(ids)) == len(ids) == 40
-    assert two[-1] == {"step": 4, "epoch": 0, "examples": 40, "once": 40, "missing": [], "repeated": []}
+    assert two[-1] == {"step": 4, "epoch": 0, "examples": 40, "as_planned": 40, "missing": [], "repeated": []}
 
 
 def test_the_gradient_of_every_tensor_is_the_same(runs: dict[int, Path]) -> None:

@@ -164,7 +164,7 @@ def test_a_missing_recipe_is_named(trainer: Trainer) -> None:
         ("optim:\n  epochs: 1\n", ["optim.epochs", "nearest", "optim.num_epochs"]),
         ("optimiser:\n  lr: 1\n", ["optimiser.lr", "nearest", "optim.lr"]),
         ("optim:\n  lr: fast\n", ["optim.lr", "fast", "number"]),
-        ("data:\n  train: [a, b]\n", ["data.train", "path"]),
+        ("data:\n  train: [a, 5]\n", ["data.train", "path"]),
         ("shapes: 5\n", ["shapes", "5"]),
     ],
 )

@@ -13,7 +13,7 @@ from vl_dist.data.images import PatchShape
 from vl_dist.data.lengths import HeaderReader, measure
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.records import Example
-from vl_dist.evaluate.decode import Prompt, generate
+from vl_dist.evaluate.decode import generate
 from vl_dist.evaluate.held_out import evaluate, group_questions
 from vl_dist.evaluate.scores import exact_match
 from vl_dist.run.distributed import Ranks, evaluating
@@ -42,14 +42,13 @@ def test_batched_answers_equal_those_of_each_prompt_alone(
 ) -> None:
     model = packed_model(tiny_model)
     base = model.peft_model.get_base_model()
-    prompts = [Prompt(example.id, example.prompt, example.image_paths) for example in SEVEN]
     stop_ids = list(collator.encoder.stop_ids)
     alone = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=stop_ids, pad_token_id=0)
     with evaluating(model):
-        batches = generate(base, collator, prompts, batch_size=batch_size, max_new_tokens=6, pad_id=0)
+        batches = generate(base, collator, SEVEN, batch_size=batch_size, max_new_tokens=6, pad_id=0)
         found = dict(pair for batch in batches for pair in batch)
-        for n, prompt in enumerate(prompts):
-            encoded, pixels = collator.prompt(prompt.messages, prompt.image_paths, prompt.id)
+        for n, example in enumerate(SEVEN):
+            encoded, pixels = collator.prompt(example)
             ids = torch.from_numpy(encoded.input_ids)[None]
             images = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[g.t, g.h, g.w] for g in encoded.grids])}
             output = base.generate(
@@ -68,7 +67,7 @@ def test_an_evaluation_gives_the_mean_loss_and_a_sample_for_each_question(
 ) -> None:
     from accelerate import Accelerator
 
-    lengths = measure(SEVEN, collator.encoder, HeaderReader(photos, collator.budget, shape), max_tokens=150)
+    lengths = measure(SEVEN, collator.encoder, HeaderReader(photos, collator.budget, shape))
     model = packed_model(tiny_model, dropout=0.5)
     done: list[tuple[int, int]] = []
     evaluation = evaluate(

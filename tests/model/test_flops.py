@@ -21,9 +21,15 @@ def test_a_token_of_the_2b_with_the_tutorials_lora_costs_5_68_gflop(counter: Flo
 
 
 def test_a_caption_of_the_tutorial_costs_the_known_floor(counter: FlopCounter) -> None:
-    language = counter.document(130) + counter.targets_head(15)
+    language = counter.document(0, [130]) + counter.targets_head(15)
     assert language == pytest.approx(758e9, rel=0.01)
     assert language + counter.image(400) == pytest.approx(1296e9, rel=0.01)
+
+
+def test_sharing_a_prompt_among_five_captions_costs_the_known_floor(counter: FlopCounter) -> None:
+    shared = counter.document(114, [16] * 5) + counter.targets_head(5 * 15)
+    assert shared / 5 == pytest.approx(232e9, rel=0.02)  # which leaves out that each branch repeats a token
+    assert counter.document(100, [30]) == pytest.approx(counter.document(0, [130]), rel=1e-12)
 
 
 def test_lora_on_fewer_layers_costs_less_and_a_larger_rank_more(counter: FlopCounter) -> None:

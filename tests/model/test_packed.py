@@ -84,8 +84,8 @@ def test_changing_one_document_changes_no_other_documents_logits_at_all(
 
 
 def test_the_isolation_test_sees_a_leak(tiny_model: Path, collator: Collator, monkeypatch: pytest.MonkeyPatch) -> None:
-    def causal_only(document_ids: torch.Tensor, backend: Backend, dtype: torch.dtype) -> torch.Tensor:
-        return attention_mask(torch.zeros_like(document_ids), backend, dtype)
+    def causal_only(ids: torch.Tensor, branches: torch.Tensor, backend: Backend, dtype: torch.dtype) -> torch.Tensor:
+        return attention_mask(torch.zeros_like(ids), torch.zeros_like(branches), backend, dtype)
 
     monkeypatch.setattr(packed, "attention_mask", causal_only)
     with pytest.raises(AssertionError):

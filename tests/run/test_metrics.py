@@ -3,17 +3,17 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
 from tests.examples import SEVEN
 from vl_dist.data.collate import Collator
+from vl_dist.data.groups import group_examples
 from vl_dist.data.images import PatchShape
 from vl_dist.data.lengths import HeaderReader, measure
 from vl_dist.data.loader import LoadedData
-from vl_dist.data.plan import plan_run
+from vl_dist.data.plan import make_plan
 from vl_dist.model.flops import FlopCounter, read_shape
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.metrics import JsonLines, Meter, Record, last_scores
@@ -49,7 +49,7 @@ def test_a_row_is_the_mean_over_targets_since_the_row_before(collator: Collator,
     assert row["perf/examples_per_s"] / row["perf/images_per_s"] == pytest.approx(3 / 2)  # three examples, two photos
     assert row["perf/peak_memory_gib"] > 0
     lengths = [collator.pack([example]).num_tokens for example in SEVEN[:3]]
-    useful = 2 * (sum(flops.document(n) for n in lengths) + flops.targets_head(targets // 2))
+    useful = 2 * (sum(flops.document(0, [n]) for n in lengths) + flops.targets_head(targets // 2))
     useful += 2 * sum(flops.image(int(n)) for pack in packs for n in pack.image_grids.prod(-1))
     seconds = row["train/target_tokens"] / row["perf/target_tokens_per_s"]
     assert row["perf/mfu"] == pytest.approx(useful / seconds / 1e12)
@@ -60,19 +60,20 @@ def test_a_row_is_the_mean_over_targets_since_the_row_before(collator: Collator,
 def test_the_ledger_says_after_each_epoch_whether_each_example_was_in_one_step(
     collator: Collator, photos: Path, shape: PatchShape, tmp_path: Path
 ) -> None:
-    lengths = measure(SEVEN, collator.encoder, HeaderReader(photos, collator.budget, shape), max_tokens=150)
-    record = Record(tmp_path, is_main=True, keep_to_step=0, data=LoadedData(SEVEN, lengths, collator))
-    steps = list(plan_run(np.ones(7), 3, seed=1, shuffle=True, num_steps=6))
+    lengths = measure(SEVEN, collator.encoder, HeaderReader(photos, collator.budget, shape))
+    plan = make_plan(group_examples(lengths), 3, seed=1, shuffle=True, num_epochs=2)
+    record = Record(tmp_path, is_main=True, keep_to_step=0, data=LoadedData(SEVEN, lengths, collator), plan=plan)
+    steps = list(plan.steps())
     for step in steps[:3]:
-        record.ledger(step)
+        record.ledger(step, [])
     rows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 3]
     assert [row["targets"] for row in rows[:3]] == [int(lengths.targets[step.examples].sum()) for step in steps[:3]]
-    assert rows[3] == {"step": 3, "epoch": 0, "examples": 7, "once": 7, "missing": [], "repeated": []}
+    assert rows[3] == {"step": 3, "epoch": 0, "examples": 7, "as_planned": 7, "missing": [], "repeated": []}
     # A second epoch in which one step went missing and another came twice.
     for step in (steps[3], steps[3], steps[5]):
-        record.ledger(step)
+        record.ledger(step, [])
     last = json.loads((tmp_path / "ledger.jsonl").read_text().splitlines()[-1])
     assert last["missing"] == [example.id for n, example in enumerate(SEVEN) if n in steps[4].examples]
     assert sorted(last["repeated"]) == sorted(SEVEN[n].id for n in steps[3].examples)
-    assert last["once"] == len(steps[5].examples)
+    assert last["as_planned"] == len(steps[5].examples)

@@ -3,6 +3,11 @@
 Every index that the model needs is computed here, from Python integers on the CPU, so that the step on the device computes
 none and reads nothing back.
 
+A document is a trunk (the prompt with its images, without its last token) and a branch for each answer: the prompt's last
+token, which predicts the answer's first, and the answer. Branches see the trunk and not each other, and each counts
+positions on from the trunk's end, so that loss and gradient are those of the examples one by one. With one branch this is
+the plain sequence.
+
 Legend: T tokens of the pack, D documents, N targets, V image tokens, P patches, I images, C values of a patch.
 """
 
@@ -17,9 +22,37 @@ from numpy.typing import NDArray
 
 from vl_dist.data.encode import Encoded, Encoder
 from vl_dist.data.image_files import DEFAULT_LIMITS, ImageLimits, load_image, resolve_path
-from vl_dist.data.images import Grid, ImageError, PatchShape, PixelBudget, grid_of, patches_of, to_user_error, within
+from vl_dist.data.images import Grid, ImageError, PatchShape, PixelBudget, grid_of, named, patches_of, within
+from vl_dist.data.lengths import Dropped
 from vl_dist.data.positions import mrope_positions
-from vl_dist.data.records import Example, Message
+from vl_dist.data.records import Example
+from vl_dist.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentSize:
+    """Tokens of one document."""
+
+    trunk: int
+    branches: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the pack."""
+        return self.trunk + sum(self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document as numbers: the trunk's rows, then each branch's. A token at row t is predicted from row t - 1."""
+
+    input_ids: NDArray[np.int64]  # [T]
+    is_image: NDArray[np.bool_]  # [T]
+    positions: NDArray[np.int64]  # [3, T]
+    branch_ids: NDArray[np.int64]  # [T]
+    target_at: NDArray[np.int64]  # [N] rows of targets; one in the trunk stands once for each branch
+    grids: tuple[Grid, ...]
+    size: DocumentSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +65,7 @@ class Batch:
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [3, T] int64, M-RoPE ids, restarting with each document
     document_ids: torch.Tensor  # [T] int64, which document a token belongs to
+    branch_ids: torch.Tensor  # [T] int64, 0 in a trunk, from 1 in its branches; all 0 where there is one branch
     target_rows: torch.Tensor  # [N] int64, the row whose output predicts target n (the row before it)
     target_ids: torch.Tensor  # [N] int64
     image_rows: torch.Tensor  # [V] int64, rows that image features replace
@@ -39,8 +73,9 @@ class Batch:
     image_grids: torch.Tensor  # [I, 3] int64: temporal, rows, columns in patches
     example_ids: tuple[str, ...]
     num_padding: int  # tokens at the end that belong to no example
-    document_tokens: tuple[int, ...]  # tokens of each example
+    documents: tuple[DocumentSize, ...]  # without padding
     image_patches: tuple[int, ...]  # patches of each image
+    dropped: tuple[Dropped, ...] = ()  # examples that are not in it because an image went bad since it was planned
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +118,7 @@ class Collator:
         encoder: Encoder,
         image_processor: Any,
         *,
-        root: Path,
+        roots: Sequence[Path],
         budget: PixelBudget,
         shape: PatchShape,
         limits: ImageLimits = DEFAULT_LIMITS,
@@ -92,7 +127,7 @@ class Collator:
         Args:
             encoder: text to tokens.
             image_processor: normalises and cuts images; its patch and merge sizes are `shape`'s.
-            root: image paths are relative to it.
+            roots: of each record file, what its image paths are relative to.
             budget: the size of every image, but of those whose example has a smaller one of its own.
             limits: which files are accepted.
         """
@@ -100,44 +135,69 @@ class Collator:
         self.budget = budget
         self.shape = shape
         self._image_processor = image_processor
-        self._root = root
+        self._roots = tuple(roots)
         self._limits = limits
         temporal = image_processor.temporal_patch_size
         self._patch_values = 3 * temporal * shape.patch_size**2
 
     def pack(self, examples: Sequence[Example], *, length: int | None = None) -> Batch:
-        """One pack of these examples, in order; none of them makes a filler.
+        """One pack of these examples, each a document of its own; as `pack_documents`."""
+        return self.pack_documents([[example] for example in examples], length=length)
+
+    def pack_documents(self, documents: Sequence[Sequence[Example]], *, length: int | None = None) -> Batch:
+        """One pack of these documents, in order; none of them makes a filler.
+
+        An example whose image cannot be used leaves the pack, and nothing takes its place.
 
         Args:
+            documents: of each its examples, which have the same trunk.
             length: tokens to pad up to; None: no padding, but one token for a filler.
+
+        Raises:
+            UserError: a text that cannot be encoded.
+        """
+        made: list[Document] = []
+        pixels: list[torch.Tensor] = []
+        ids: list[str] = []
+        dropped: list[Dropped] = []
+        for examples in documents:
+            images = self._images(examples[0])
+            if isinstance(images, str):
+                dropped += [Dropped(example.id, images) for example in examples]
+                continue
+            grids = [grid for _, grid in images]
+            encoded = [self.encoder.encode(example, grids) for example in examples]
+            made.append(make_document(encoded, self.shape.merge_size))
+            pixels += [values for values, _ in images]
+            ids += [example.id for example in examples]
+        return self._join(made, pixels, tuple(ids), length, tuple(dropped))
+
+    def prompt(self, example: Example) -> tuple[Encoded, torch.Tensor]:
+        """An example's prompt ready for generation, and its patches [P, C].
 
         Raises:
             UserError: an image cannot be used; the message names the example.
         """
-        documents, pixels = [], []
-        for example in examples:
-            budget = within(self.budget, example.max_pixels)
-            images = [self._patches(path, example.id, budget) for path in example.image_paths]
-            documents.append(self.encoder.encode(example, [grid for _, grid in images]))
-            pixels += [values for values, _ in images]
-        return self._join(documents, pixels, tuple(example.id for example in examples), length)
-
-    def prompt(self, messages: Sequence[Message], image_paths: Sequence[str], name: str) -> tuple[Encoded, torch.Tensor]:
-        """A prompt ready for generation, and its patches [P, C].
-
-        Raises:
-            UserError: an image cannot be used; the message has `name` in it.
-        """
-        images = [self._patches(path, name, self.budget) for path in image_paths]
-        encoded = self.encoder.encode_prompt(messages, [grid for _, grid in images])
+        images = self._images(example)
+        if isinstance(images, str):
+            raise UserError(f"Example {example.id}: {images}. Mend or remove the record.")
+        encoded = self.encoder.encode_prompt(example.prompt, [grid for _, grid in images])
         return encoded, self._cat([values for values, _ in images])
 
-    def _patches(self, path: str, example_id: str, budget: PixelBudget) -> tuple[torch.Tensor, Grid]:
-        try:
-            image = load_image(resolve_path(path, self._root, self._limits))
-            pixels, grid = patches_of(image, budget, self.shape, self._image_processor)
-        except ImageError as error:
-            raise to_user_error(error, path, example_id) from None
+    def _images(self, example: Example) -> list[tuple[torch.Tensor, Grid]] | str:
+        """Patches and grid of each image, or why one of them cannot be used."""
+        budget = within(self.budget, example.max_pixels)
+        found: list[tuple[torch.Tensor, Grid]] = []
+        for path in example.image_paths:
+            try:
+                found.append(self._patches(path, self._roots[example.file], budget))
+            except ImageError as error:
+                return named(error, path)
+        return found
+
+    def _patches(self, path: str, root: Path, budget: PixelBudget) -> tuple[torch.Tensor, Grid]:
+        image = load_image(resolve_path(path, root, self._limits))
+        pixels, grid = patches_of(image, budget, self.shape, self._image_processor)
         assert grid == grid_of(image.height, image.width, budget, self.shape), "header and image disagree"
         return pixels, grid
 
@@ -145,39 +205,70 @@ class Collator:
         return torch.cat(list(pixels)) if pixels else torch.empty(0, self._patch_values)
 
     def _join(
-        self, documents: list[Encoded], pixels: Sequence[torch.Tensor], ids: tuple[str, ...], length: int | None
+        self,
+        documents: list[Document],
+        pixels: Sequence[torch.Tensor],
+        ids: tuple[str, ...],
+        length: int | None,
+        dropped: tuple[Dropped, ...],
     ) -> Batch:
-        num_tokens = sum(document.num_tokens for document in documents)
+        num_tokens = sum(document.size.num_tokens for document in documents)
         # A filler keeps ranks in step: it runs the same layers and adds exactly nothing to loss and gradient.
         num_padding = max(1 if num_tokens == 0 else 0, (length or 0) - num_tokens)
-        if num_padding:
-            none = np.zeros(num_padding, dtype=np.bool_)
-            documents = [*documents, Encoded(np.zeros(num_padding, dtype=np.int64), none, none, ())]
-        starts = np.cumsum([0, *(document.num_tokens for document in documents)])
+        rows = [*documents, _padding(num_padding)] if num_padding else documents
+        starts = np.cumsum([0, *(document.size.num_tokens for document in rows)])
+        input_ids = np.concatenate([document.input_ids for document in rows])
+        target_at = np.concatenate([d.target_at + start for d, start in zip(rows, starts[:-1], strict=True)])
         grids = [grid for document in documents for grid in document.grids]
-        input_ids = np.concatenate([document.input_ids for document in documents])
-        is_target = np.concatenate([_without_first(document.is_target) for document in documents])
-        is_image = np.concatenate([document.is_image for document in documents])
-        positions = [mrope_positions(d.is_image, d.grids, self.shape.merge_size) for d in documents]
-        target_at = np.flatnonzero(is_target)
         return Batch(
             input_ids=torch.from_numpy(input_ids),
-            positions=torch.from_numpy(np.concatenate(positions, axis=1)),
-            document_ids=torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(starts))),
+            positions=torch.from_numpy(np.concatenate([document.positions for document in rows], axis=1)),
+            document_ids=torch.from_numpy(np.repeat(np.arange(len(rows)), np.diff(starts))),
+            branch_ids=torch.from_numpy(np.concatenate([document.branch_ids for document in rows])),
             target_rows=torch.from_numpy(target_at - 1),
             target_ids=torch.from_numpy(input_ids[target_at]),
-            image_rows=torch.from_numpy(np.flatnonzero(is_image)),
+            image_rows=torch.from_numpy(np.flatnonzero(np.concatenate([document.is_image for document in rows]))),
             pixel_values=self._cat(pixels),
             image_grids=torch.tensor([(grid.t, grid.h, grid.w) for grid in grids], dtype=torch.int64).reshape(-1, 3),
             example_ids=ids,
             num_padding=num_padding,
-            document_tokens=tuple(document.num_tokens for document in documents[: len(ids)]),
+            documents=tuple(document.size for document in documents),
             image_patches=tuple(grid.num_patches for grid in grids),
+            dropped=dropped,
         )
 
 
-def _without_first(is_target: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A document's first token has no row before it in its own document, so it is never a target."""
-    kept = is_target.copy()
-    kept[0] = False
-    return kept
+def make_document(encoded: Sequence[Encoded], merge_size: int) -> Document:
+    """One document of examples that have the same trunk.
+
+    Args:
+        encoded: of each example, trunk and branch together.
+        merge_size: patches merged along each side into one language-model token.
+    """
+    first, trunk = encoded[0], encoded[0].num_trunk
+    for other in encoded[1:]:
+        assert np.array_equal(other.input_ids[: trunk + 1], first.input_ids[: trunk + 1]), "trunks differ"
+    branches = tuple(one.num_tokens - trunk for one in encoded)
+    # A document's first token has no row before it in its own document, so it is never a target.
+    trunk_targets = np.flatnonzero(first.is_target[1:trunk]) + 1
+    own_targets = [np.flatnonzero(one.is_target[trunk:]) for one in encoded]
+    starts = trunk + np.cumsum([0, *branches[:-1]])
+    prompt = mrope_positions(first.is_image[: trunk + 1], first.grids, merge_size)
+    return Document(
+        input_ids=np.concatenate([first.input_ids[:trunk], *(one.input_ids[trunk:] for one in encoded)]),
+        is_image=np.concatenate([first.is_image[:trunk], np.zeros(sum(branches), dtype=np.bool_)]),
+        positions=np.concatenate([prompt[:, :trunk], *(prompt[:, trunk:] + np.arange(size) for size in branches)], axis=1),
+        branch_ids=np.repeat(np.arange(len(branches) + 1) * (len(branches) > 1), [trunk, *branches]),
+        target_at=np.concatenate(
+            [*[trunk_targets] * len(encoded), *(at + start for at, start in zip(own_targets, starts, strict=True))]
+        ),
+        grids=first.grids,
+        size=DocumentSize(trunk, branches),
+    )
+
+
+def _padding(num_tokens: int) -> Document:
+    zeros = np.zeros(num_tokens, dtype=np.int64)
+    positions = np.tile(np.arange(num_tokens), (3, 1))
+    nothing = np.zeros(0, dtype=np.int64)
+    return Document(zeros, zeros.astype(np.bool_), positions, zeros, nothing, (), DocumentSize(num_tokens, ()))

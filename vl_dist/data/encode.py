@@ -20,6 +20,7 @@ from vl_dist.data.images import Grid
 from vl_dist.data.records import Example, ImagePart, Message, TextPart
 from vl_dist.errors import UserError
 
+LONGEST_REMEMBERED, MOST_REMEMBERED = 200, 2000  # characters of a text, and texts, whose token ids are kept
 MARK_START, MARK_END = "\ue000", "\ue001"  # private-use characters; they never meet the tokenizer
 
 
@@ -76,13 +77,21 @@ class Encoded:
         return int(self.is_target.sum())
 
     @property
+    def num_trunk(self) -> int:
+        """Tokens that examples of the same prompt can share: all before the prompt's last token.
+
+        That token belongs to the branch, because it predicts the answer's first one.
+        """
+        return int(np.flatnonzero(~self.is_target)[-1])
+
+    @property
     def num_patches(self) -> int:
         """Vision-tower tokens of all images."""
         return sum(grid.num_patches for grid in self.grids)
 
 
 class Encoder:
-    """Encodes examples with one processor; holds no state but a cache of template structures."""
+    """Encodes examples with one processor; holds no state but caches of template structures and of short texts."""
 
     def __init__(self, processor: Any, *, merge_size: int, end_token: str | None) -> None:
         """
@@ -105,6 +114,7 @@ class Encoder:
         self._image_token_id = added[self._image_token]
         self._end_id = None if end_token is None else self._single_token(end_token)
         self._structures: dict[tuple[Any, ...], tuple[Piece, ...]] = {}
+        self._plain: dict[str, list[int]] = {}  # ids of texts that come again and again: the template's, and prompts
 
     def encode(self, example: Example, grids: Sequence[Grid]) -> Encoded:
         """Prompt, answer and end token; the assistant's turns are targets.
@@ -231,7 +241,7 @@ class Encoder:
             if isinstance(run, ImageSlot):
                 new = [self._image_token_id] * grids[run.index].num_tokens(self._merge_size)
             else:
-                new = [run.token_id] if isinstance(run, Special) else self._tokenize_plain(run)
+                new = [run.token_id] if isinstance(run, Special) else self._plain_ids(run, remember=not is_target)
             ids += new
             targets += [is_target] * len(new)
             image += [isinstance(run, ImageSlot)] * len(new)
@@ -243,6 +253,14 @@ class Encoder:
             np.array(image, dtype=np.bool_),
             tuple(grids),
         )
+
+    def _plain_ids(self, text: str, *, remember: bool) -> list[int]:
+        found = self._plain.get(text)
+        if found is None:
+            found = self._tokenize_plain(text)
+            if remember and len(text) <= LONGEST_REMEMBERED and len(self._plain) < MOST_REMEMBERED:
+                self._plain[text] = found
+        return found
 
     def _tokenize_plain(self, text: str) -> list[int]:
         """Token ids of text in which nothing is a special token."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vl_dist.data.encode import Encoded, Encoder
+from vl_dist.data.examples import Examples
 from vl_dist.data.image_files import DEFAULT_LIMITS, ImageLimits, load_image, read_size, resolve_path
 from vl_dist.data.images import (
     Grid,
@@ -43,14 +44,27 @@ class Lengths:
     targets: NDArray[np.int64]  # [N] tokens with a loss
     patches: NDArray[np.int64]  # [N] vision-tower tokens
     images: NDArray[np.int64]  # [N] images
+    trunk: NDArray[np.int64]  # [N] tokens that examples of the same group share (`Encoded.num_trunk`)
+    group: NDArray[np.int64]  # [N] the group each is of, from 0; without sharing its own
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[int]] | NDArray[np.int64]) -> "Lengths":
+        """From rows of tokens, targets, patches, images and trunk; nothing is shared."""
+        tokens, targets, patches, images, trunk = np.array(rows, dtype=np.int64).reshape(-1, 5).T.copy()
+        return cls(tokens, targets, patches, images, trunk, np.arange(len(tokens)))
+
+    @property
+    def columns(self) -> NDArray[np.int64]:
+        """[N, 5], as `of_rows` takes them."""
+        return np.stack([self.tokens, self.targets, self.patches, self.images, self.trunk], axis=1)
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """An example that no pack holds, left out because `data.overflow` says so."""
+    """An example that no step trains, and why."""
 
     id: str
     reason: str
@@ -60,7 +74,7 @@ class Dropped:
 class Fitted:
     """Examples that fit into a pack, with their sizes; some may have got a smaller pixel budget."""
 
-    examples: tuple[Example, ...]
+    examples: Examples
     lengths: Lengths
     dropped: tuple[Dropped, ...]
 
@@ -168,58 +182,80 @@ class HeaderReader:
         return grid_of(*size, budget, self.shape)
 
 
-def measure(examples: Sequence[Example], encoder: Encoder, headers: HeaderReader, *, max_tokens: int) -> Lengths:
-    """Sizes of examples that must all fit into a pack.
+def size_of(encoded: Encoded) -> tuple[int, int, int, int, int]:
+    """One row of `Lengths.of_rows`."""
+    return encoded.num_tokens, encoded.num_targets, encoded.num_patches, len(encoded.grids), encoded.num_trunk
+
+
+def measure(examples: Iterable[Example], encoder: Encoder, headers: HeaderReader) -> Lengths:
+    """Sizes of all examples, from text and image headers alone, however long they are.
 
     Raises:
-        UserError: as `fit` with the overflow `error`.
+        UserError: an image cannot be used.
     """
-    return fit(examples, encoder, headers, max_tokens=max_tokens, overflow="error").lengths
+    return Lengths.of_rows([size_of(encoder.encode(example, headers.grids(example))) for example in examples])
 
 
 def fit(
-    examples: Sequence[Example], encoder: Encoder, headers: HeaderReader, *, max_tokens: int, overflow: Overflow
+    examples: Examples,
+    lengths: Lengths,
+    encoder: Encoder,
+    headers: Sequence[HeaderReader],
+    *,
+    max_tokens: int,
+    overflow: Overflow,
 ) -> Fitted:
-    """Sizes of all examples, from text and image headers alone; what is longer than a pack is dealt with.
+    """What fits into a pack, after dealing with examples that are longer. Nothing is ever cut.
 
-    Nothing is ever cut. Every example has targets, since each answer has an end token.
+    Every example has targets, since each answer has an end token.
 
     Args:
+        lengths: of these examples.
+        headers: one for each file of the examples.
         max_tokens: what a pack holds.
         overflow: what to do with a longer example: refuse all, leave it out, or shrink its images.
 
     Raises:
-        UserError: an image cannot be used, or an example is too long and `overflow` is `error`.
+        UserError: an example is too long and `overflow` is `error`.
     """
-    kept: list[Example] = []
-    rows: list[tuple[int, int, int, int]] = []
+    kept = np.ones(len(examples), dtype=np.bool_)
+    smaller: dict[
+        int, tuple[int, tuple[int, int, int, int, int]]
+    ] = {}  # by example: its bound in pixels, and its new sizes
     dropped: list[Dropped] = []
-    for example in examples:
-        encoded = encoder.encode(example, headers.grids(example))
-        if encoded.num_tokens > max_tokens:
-            too_long = f"has {encoded.num_tokens} tokens, but a pack holds {max_tokens}"
-            if overflow == "error":
-                raise UserError(
-                    f"Example {example.id} {too_long}. Raise batch.max_tokens_per_pack, make images smaller "
-                    "(data.max_pixels), set data.overflow, or remove the record."
-                )
-            smaller = shrink(example, encoded, headers, max_tokens) if overflow == "shrink_images" else too_long
-            if isinstance(smaller, str):
-                dropped.append(Dropped(example.id, smaller))
-                continue
-            example = smaller
-            encoded = encoder.encode(example, headers.grids(example))
-            assert encoded.num_tokens <= max_tokens, "the shrunk example does not fit"
-        kept.append(example)
-        rows.append((encoded.num_tokens, encoded.num_targets, encoded.num_patches, len(encoded.grids)))
-    return Fitted(tuple(kept), Lengths(*np.array(rows, dtype=np.int64).reshape(-1, 4).T.copy()), tuple(dropped))
+    for n in np.flatnonzero(lengths.tokens > max_tokens).tolist():
+        example = examples[n]
+        too_long = f"has {lengths.tokens[n]} tokens, but a pack holds {max_tokens}"
+        if overflow == "error":
+            raise UserError(
+                f"Example {example.id} {too_long}. Raise batch.max_tokens_per_pack, make images smaller "
+                "(data.max_pixels), set data.overflow, or remove the record."
+            )
+        reader = headers[example.file]
+        shrunk = shrink(example, encoder, reader, max_tokens) if overflow == "shrink_images" else too_long
+        if isinstance(shrunk, str):
+            kept[n] = False
+            dropped.append(Dropped(example.id, shrunk))
+            continue
+        assert shrunk.max_pixels is not None
+        smaller[n] = shrunk.max_pixels, size_of(encoder.encode(shrunk, reader.grids(shrunk)))
+        assert smaller[n][1][0] <= max_tokens, "the shrunk example does not fit"
+    if not smaller and not dropped:
+        return Fitted(examples, lengths, ())
+    columns = lengths.columns
+    for n, (_, sizes) in smaller.items():
+        columns[n] = sizes
+    bounds = {n: area for n, (area, _) in smaller.items()}
+    indices = np.flatnonzero(kept)
+    return Fitted(examples.chosen(indices, bounds), Lengths.of_rows(columns[indices]), tuple(dropped))
 
 
-def shrink(example: Example, encoded: Encoded, headers: HeaderReader, max_tokens: int) -> Example | str:
+def shrink(example: Example, encoder: Encoder, headers: HeaderReader, max_tokens: int) -> Example | str:
     """The example with the largest common bound on its images' areas under which it fits, or why there is none.
 
     A function of the example, its headers and the settings alone, so that every rank and every start finds the same.
     """
+    encoded = encoder.encode(example, headers.grids(example))
     area = headers.shape.factor**2  # pixels that stand for one token
     image_tokens = sum(grid.num_tokens(headers.shape.merge_size) for grid in encoded.grids)
     room = max_tokens - (encoded.num_tokens - image_tokens)

@@ -14,9 +14,11 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vl_dist.data.assign import Document, assign, pack_lengths, padded_length
 from vl_dist.data.collate import Batch, Collator
-from vl_dist.data.lengths import Lengths
-from vl_dist.data.plan import Step, assign, pack_lengths, padded_length
+from vl_dist.data.examples import ids_of
+from vl_dist.data.lengths import Dropped, Lengths
+from vl_dist.data.plan import Step
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
 
@@ -34,8 +36,9 @@ class LoadedData:
     @property
     def fingerprint(self) -> str:
         """Hash of ids and sizes: what the plan of a run follows from, beside its settings."""
-        found = hashlib.sha256("\n".join(example.id for example in self.examples).encode())
-        found.update(self.lengths.tokens.tobytes() + self.lengths.targets.tobytes() + self.lengths.patches.tobytes())
+        found = hashlib.sha256("\n".join(ids_of(self.examples)).encode())
+        for column in (self.lengths.tokens, self.lengths.targets, self.lengths.patches, self.lengths.group):
+            found.update(column.tobytes())
         return found.hexdigest()[:16]
 
 
@@ -46,12 +49,17 @@ class StepPacks:
     step: Step
     packs: tuple[Batch, ...]
 
+    @property
+    def dropped(self) -> tuple[Dropped, ...]:
+        """Examples that this rank should have had, but whose image went bad since the start."""
+        return tuple(one for pack in self.packs for one in pack.dropped)
+
 
 @dataclass(frozen=True, slots=True)
 class PackRequest:
     """What a worker is asked for."""
 
-    examples: tuple[int, ...]  # indices
+    documents: tuple[Document, ...]  # indices of examples
     length: int | None  # tokens to pad up to
 
 
@@ -63,7 +71,8 @@ class _Packs(Dataset["Batch | UserError"]):
     def __getitem__(self, request: PackRequest) -> Batch | UserError:
         # An error goes back as a value: torch would wrap an exception in the worker's traceback.
         try:
-            return self._collator.pack([self._examples[n] for n in request.examples], length=request.length)
+            documents = [[self._examples[n] for n in document] for document in request.documents]
+            return self._collator.pack_documents(documents, length=request.length)
         except UserError as error:
             return error
 
@@ -97,13 +106,13 @@ def load_steps(
         pin_memory: for faster copies to a CUDA device.
 
     Raises:
-        UserError: an image cannot be used; the message names the example.
+        UserError: a text cannot be encoded. An image that cannot be used is no error: its examples leave the pack.
     """
     planned = ((step, assign(step, data.lengths, world_size=world_size, max_tokens=max_tokens)) for step in steps)
     ahead, here = itertools.tee(planned)
     allowed = pack_lengths(max_tokens, num_pack_lengths) if num_pack_lengths is not None else None
     requests = (
-        PackRequest(pack, padded_length(int(data.lengths.tokens[list(pack)].sum()), allowed) if allowed else None)
+        PackRequest(pack.documents, padded_length(pack.num_tokens, allowed) if allowed else None)
         for _, assignment in ahead
         for pack in assignment.packs[rank]
     )

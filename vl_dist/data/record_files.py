@@ -1,15 +1,13 @@
 """Rows of record files: each a record, or the reason why it cannot be used."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vl_dist.data.records import Record, parse_record, parse_tutorial
 from vl_dist.errors import UserError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +107,3 @@ def _checked(source: Any, place: str, parse: Callable[[Any], Record]) -> Row:
         reason = "cannot be read as JSON (nested too deeply, or a number with thousands of digits)"
     name = row.get("id") if isinstance(row, dict) else None
     return BadRow(name if isinstance(name, str) and name else None, place, reason)
-
-
-def split_held_out(rows: Sequence[T], count: int) -> tuple[list[T], list[T]]:
-    """Training rows, and the last `count` of them held out. Rows that cannot be used count: none moves because of another.
-
-    Raises:
-        UserError: nothing would be left to train on.
-    """
-    if count >= len(rows):
-        raise UserError(f"data.eval is last:{count}, but there are only {len(rows)} records. Hold out fewer, or give more.")
-    return list(rows[:-count]), list(rows[-count:])

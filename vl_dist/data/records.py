@@ -70,6 +70,11 @@ class Example:
     prompt: tuple[Message, ...]
     answer: str
     max_pixels: int | None = None  # a smaller bound on its images than the run's, so that it fits into a pack
+    file: int = 0  # the record file it is of, by number; image paths are relative to that file's root
+
+    def same_trunk(self, other: "Example") -> bool:
+        """Whether both ask the same about the same pixels, so that all before the answer can be shared."""
+        return (self.file, self.max_pixels, self.prompt) == (other.file, other.max_pixels, other.prompt)
 
     @property
     def image_paths(self) -> tuple[str, ...]:
@@ -164,9 +169,13 @@ def parse_tutorial(row: Any, prompt: str) -> Record:
     return Record(row["id"], (message,), (turns[1]["value"],), single=True)
 
 
-def usual_prompt(examples: Iterable[Example]) -> tuple[Message, ...]:
-    """The conversation before the answer that most examples share, whatever their images; `predict` asks it again."""
-    kinds = Counter(with_images(example.prompt, ["IMAGE"] * len(example.image_paths)) for example in examples)
+def usual_prompt(examples: Sequence[Example]) -> tuple[Message, ...]:
+    """The conversation before the answer that most examples share, whatever their images; `predict` asks it again.
+
+    Of many examples, some thousand evenly spaced ones are asked.
+    """
+    chosen = examples[:: max(1, len(examples) // 2000)]
+    kinds = Counter(with_images(example.prompt, ["IMAGE"] * len(example.image_paths)) for example in chosen)
     return kinds.most_common(1)[0][0]
 
 

@@ -1,6 +1,6 @@
-"""The scan of all record files before training: every row and every image header, and whether too much is unusable.
+"""The scan of record files: every row and every image header, and whether too much is unusable.
 
-Training and `python -m vl_dist validate` share it.
+The lengths index that training reads and `python -m vl_dist validate` share it.
 """
 
 import json
@@ -14,7 +14,7 @@ from vl_dist.config import held_out_count
 from vl_dist.data.image_files import ImageLimits
 from vl_dist.data.images import PatchShape, PixelBudget
 from vl_dist.data.lengths import HeaderReader, Sizes, read_sizes
-from vl_dist.data.record_files import BadRow, Row, read_rows, split_held_out
+from vl_dist.data.record_files import BadRow, Row, read_rows
 from vl_dist.data.records import Record
 from vl_dist.errors import UserError
 from vl_dist.settings import DataConfig
@@ -40,14 +40,6 @@ class ScannedFile:
         return tuple(row for row in self.rows if isinstance(row, BadRow))
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Records to train on or held out."""
-
-    records: tuple[Record, ...]
-    file: ScannedFile
-
-
 def pixel_budget(data: DataConfig) -> PixelBudget:
     """The size of every image, from the settings."""
     return PixelBudget(
@@ -63,10 +55,21 @@ def image_limits(data: DataConfig) -> ImageLimits:
     return ImageLimits(max_bytes=data.max_image_bytes, url_cache=data.url_cache if data.allow_urls else None)
 
 
+def image_root(path: Path, data: DataConfig) -> Path:
+    """What the image paths of a record file are relative to."""
+    return data.image_root or path.parent
+
+
+def record_paths(data: DataConfig) -> tuple[Path, ...]:
+    """All record files: those to train on and, where it is a file of its own, the held-out one."""
+    train = tuple(file.path for file in data.train)
+    return train if data.eval is None or data.eval.startswith("last:") else (*train, Path(data.eval))
+
+
 def scan(
     data: DataConfig, shape: PatchShape, *, decode: bool = False, on_progress: Progress = lambda what, done, total: None
 ) -> tuple[ScannedFile, ...]:
-    """The training file and, where it is a file of its own, the held-out one.
+    """Every record file.
 
     Args:
         decode: decode every image too.
@@ -74,19 +77,28 @@ def scan(
     Raises:
         UserError: a file is missing, empty, or no record file at all.
     """
-    paths = [data.train]
-    if data.eval is not None and not data.eval.startswith("last:"):
-        paths.append(Path(data.eval))
-    return tuple(_scan_file(path, data, shape, decode, on_progress) for path in paths)
+    return tuple(scan_file(path, data, shape, decode=decode, on_progress=on_progress) for path in record_paths(data))
 
 
-def _scan_file(path: Path, data: DataConfig, shape: PatchShape, decode: bool, on_progress: Progress) -> ScannedFile:
+def scan_file(
+    path: Path,
+    data: DataConfig,
+    shape: PatchShape,
+    *,
+    decode: bool = False,
+    on_progress: Progress = lambda what, done, total: None,
+) -> ScannedFile:
+    """One record file; as `scan`."""
     rows = read_rows(path, default_prompt=data.prompt)
-    root = data.image_root or path.parent
+    root = image_root(path, data)
     limits = image_limits(data)
     names = [name for row in rows if isinstance(row, Record) for name in row.image_paths]
     sizes = read_sizes(
-        names, root, limits, decode=decode, on_progress=lambda done, total: on_progress(str(path), done, total)
+        names,
+        root,
+        limits,
+        decode=decode,
+        on_progress=lambda done, total: on_progress(f"images of {path.name}", done, total),
     )
     headers = HeaderReader(root, pixel_budget(data), shape, limits, sizes=sizes)
     return ScannedFile(path, root, tuple(_with_images(row, path, headers) for row in rows), sizes)
@@ -97,49 +109,44 @@ def _with_images(row: Row, path: Path, headers: HeaderReader) -> Row:
     return row if fault is None or isinstance(row, BadRow) else BadRow(row.id, row.place, fault)
 
 
-def splits(files: Sequence[ScannedFile], held_out: str | None) -> tuple[Split, Split | None]:
-    """The records to train on and those held out.
+def training_rows(num_rows: Sequence[int], held_out: str | None) -> list[int]:
+    """How many rows of each training file are trained on, from its first; the others are held out.
+
+    Rows that cannot be used count, so that none moves to the other side because of another.
 
     Args:
-        files: from `scan`.
+        num_rows: of each training file.
         held_out: `data.eval`.
 
     Raises:
-        UserError: one of the two has no record that can be used.
+        UserError: nothing would be left to train on.
     """
-    train, others = files[0], files[1:]
-    if others:
-        return _split(train.rows, train, "data.train"), _split(others[0].rows, others[0], "data.eval")
-    if held_out is None:
-        return _split(train.rows, train, "data.train"), None
-    first, last = split_held_out(train.rows, held_out_count(held_out))
-    return _split(first, train, "data.train"), _split(last, train, f"data.eval={held_out}")
+    if held_out is None or not held_out.startswith("last:"):
+        return list(num_rows)
+    count, total = held_out_count(held_out), sum(num_rows)
+    if count >= total:
+        raise UserError(f"data.eval is last:{count}, but there are only {total} records. Hold out fewer, or give more.")
+    kept = total - count
+    ends = [sum(num_rows[: n + 1]) for n in range(len(num_rows))]
+    return [max(0, min(rows, kept - (end - rows))) for rows, end in zip(num_rows, ends, strict=True)]
 
 
-def _split(rows: Sequence[Row], file: ScannedFile, key: str) -> Split:
-    records = tuple(row for row in rows if isinstance(row, Record))
-    if not records:
-        raise UserError(f"None of the {len(rows)} records of {key} in {file.path} can be used:\n{_first(rows)}")
-    return Split(records, file)
-
-
-def refuse_too_many_bad(files: Sequence[ScannedFile], max_bad_fraction: float) -> None:
-    """Checks each file against the budget.
+def refuse_too_many_bad(path: Path, bad: Sequence[BadRow], num_rows: int, max_bad_fraction: float) -> None:
+    """Checks a record file against the budget.
 
     Raises:
-        UserError: more than this fraction of a file's records cannot be used; the message names the first few.
+        UserError: more than this fraction of its records cannot be used; the message names the first few.
     """
-    for file in files:
-        if len(file.bad) > max_bad_fraction * len(file.rows):
-            raise UserError(
-                f"{len(file.bad)} of {len(file.rows)} records cannot be used, more than data.max_bad_fraction="
-                f"{max_bad_fraction:g} allows. Mend or remove them, or raise it to train without them; "
-                f"python -m vl_dist validate lists them all.\n{_first(file.rows)}"
-            )
+    if len(bad) > max_bad_fraction * num_rows:
+        raise UserError(
+            f"{len(bad)} of {num_rows} records of {path} cannot be used, more than data.max_bad_fraction="
+            f"{max_bad_fraction:g} allows. Mend or remove them, or raise it to train without them; "
+            f"python -m vl_dist validate lists them all.\n{first_bad(bad)}"
+        )
 
 
-def _first(rows: Sequence[Row]) -> str:
-    bad = [row for row in rows if isinstance(row, BadRow)]
+def first_bad(bad: Sequence[BadRow]) -> str:
+    """The first few, a line each."""
     more = [f"  and {len(bad) - NUM_SHOWN} more"] if len(bad) > NUM_SHOWN else []
     return "\n".join([*(f"  {row}" for row in bad[:NUM_SHOWN]), *more])
 

@@ -9,8 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from vl_dist.data.images import PatchShape
+from vl_dist.data.record_files import BadRow
 from vl_dist.data.records import Record, examples_of
-from vl_dist.data.validate import BAD_ROWS, ScannedFile, kinds_of, refuse_too_many_bad, scan, splits, write_bad_rows
+from vl_dist.data.validate import (
+    BAD_ROWS,
+    ScannedFile,
+    first_bad,
+    kinds_of,
+    refuse_too_many_bad,
+    scan,
+    training_rows,
+    write_bad_rows,
+)
 from vl_dist.errors import UserError
 from vl_dist.settings import Config
 
@@ -37,20 +47,34 @@ def validate(config: Config, *, out: Path | None, decode: bool) -> None:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(f"images of {Path(what).name}", total=total)
+                tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
 
         files = scan(config.data, QWEN2_VL, decode=decode, on_progress=show)
     console.print(_table(files))
-    report = out if out is not None else config.data.train.parent / BAD_ROWS
+    report = out if out is not None else config.data.train[0].path.parent / BAD_ROWS
     bad = [row for file in files for row in file.bad]
     try:
         write_bad_rows(report, bad)
     except OSError as error:
         raise UserError(f"The report {report} cannot be written ({error.strerror}); give another --out.") from None
     console.print(Text(f"Report: {report} ({len(bad)} rows)"), soft_wrap=True)
-    splits(files, config.data.eval)
-    refuse_too_many_bad(files, config.data.max_bad_fraction)
+    _refuse_empty(files, config)
+    for file in files:
+        refuse_too_many_bad(file.path, file.bad, len(file.rows), config.data.max_bad_fraction)
+
+
+def _refuse_empty(files: Sequence[ScannedFile], config: Config) -> None:
+    """Raises `UserError` where no record is left to train on, or none is held out although some should be."""
+    num_train = len(config.data.train)
+    kept = training_rows([len(file.rows) for file in files[:num_train]], config.data.eval)
+    train = [row for file, count in zip(files, kept, strict=False) for row in file.rows[:count]]
+    held_out = [row for file, count in zip(files, kept, strict=False) for row in file.rows[count:]]
+    held_out += [row for file in files[num_train:] for row in file.rows]
+    for what, rows in (("data.train", train), (f"data.eval={config.data.eval}", held_out)):
+        bad = [row for row in rows if isinstance(row, BadRow)]
+        if rows and len(bad) == len(rows):
+            raise UserError(f"None of the {len(rows)} records of {what} can be used:\n{first_bad(bad)}")
 
 
 def _progress(console: Console) -> Progress:

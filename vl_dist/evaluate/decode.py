@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,27 +10,18 @@ from transformers import GenerationConfig
 
 from vl_dist.data.collate import Collator
 from vl_dist.data.encode import Encoded
-from vl_dist.data.records import Message
+from vl_dist.data.records import Example
 from vl_dist.errors import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What to answer: a conversation up to the assistant's turn, with the paths of its images."""
-
-    id: str
-    messages: tuple[Message, ...]
-    image_paths: tuple[str, ...]
-
-
 def generate(
-    base: Any, collator: Collator, prompts: Sequence[Prompt], *, batch_size: int, max_new_tokens: int, pad_id: int
+    base: Any, collator: Collator, prompts: Sequence[Example], *, batch_size: int, max_new_tokens: int, pad_id: int
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Answers batch by batch, as they come: (index of the prompt, new token ids without the end token).
 
     Args:
         base: Qwen2-VL with the adapter's layers in it, in evaluation mode.
-        prompts: in any order; batches are made of neighbours in length.
+        prompts: examples whose answers are not looked at, in any order; batches are made of neighbours in length.
         max_new_tokens: longest answer.
         pad_id: what shorter prompts are padded with on the left.
 
@@ -46,7 +36,7 @@ def generate(
     )
     for start in range(0, len(prompts), batch_size):
         chosen = range(start, min(start + batch_size, len(prompts)))
-        made = [collator.prompt(prompts[n].messages, prompts[n].image_paths, prompts[n].id) for n in chosen]
+        made = [collator.prompt(prompts[n]) for n in chosen]
         inputs = _left_padded([encoded for encoded, _ in made], [pixels for _, pixels in made], pad_id)
         with torch.no_grad(), _out_of_memory_named(len(chosen)):
             output = base.generate(

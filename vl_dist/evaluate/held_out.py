@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vl_dist.data.groups import group_examples
 from vl_dist.data.loader import LoadedData, load_steps
-from vl_dist.data.plan import cost, plan_epoch
-from vl_dist.data.records import Example, Message
-from vl_dist.evaluate.decode import Prompt, generate
+from vl_dist.data.plan import plan_epoch
+from vl_dist.data.records import Example
+from vl_dist.evaluate.decode import generate
 from vl_dist.evaluate.scores import exact_match
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run.distributed import Ranks, evaluating
@@ -22,7 +23,7 @@ from vl_dist.settings import EvalConfig
 class Question:
     """One prompt with all its accepted answers, whichever records they came from."""
 
-    prompt: Prompt
+    prompt: Example  # the first of them, under its record's id; its own answer is not looked at
     references: tuple[str, ...]
 
 
@@ -47,15 +48,12 @@ class Evaluation:
 
 def group_questions(examples: Sequence[Example]) -> list[Question]:
     """Examples of the same images and prompt as one question; its id is the first example's without `#k`."""
-    groups: dict[tuple[Message, ...], list[Example]] = {}
+    groups: dict[object, list[Example]] = {}
     for example in examples:
-        groups.setdefault(example.prompt, []).append(example)
+        groups.setdefault((example.file, example.max_pixels, example.prompt), []).append(example)
     return [
-        Question(
-            Prompt(group[0].id.split("#")[0], prompt, group[0].image_paths),
-            tuple(dict.fromkeys(example.answer for example in group)),
-        )
-        for prompt, group in groups.items()
+        Question(replace(group[0], id=group[0].id.split("#")[0]), tuple(dict.fromkeys(example.answer for example in group)))
+        for group in groups.values()
     ]
 
 
@@ -101,8 +99,8 @@ def write_samples(directory: Path, step: int, samples: Sequence[Sample]) -> None
 
 def _mean_loss(model: PackedModel, data: LoadedData, ranks: Ranks, *, max_tokens: int) -> float:
     """Cross entropy per target (all ranks)."""
-    costs = cost(data.lengths.tokens, data.lengths.patches)
-    steps = plan_epoch(costs, 64, seed=0, epoch=0, shuffle=False)
+    groups = group_examples(data.lengths)
+    steps = plan_epoch(groups, max(64, int(groups.sizes.max())), seed=0, epoch=0, shuffle=False)
     loaded = load_steps(steps, data, rank=ranks.rank, world_size=ranks.world_size, max_tokens=max_tokens)
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for step in ranks.together(loaded):

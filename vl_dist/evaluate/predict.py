@@ -12,9 +12,9 @@ from peft import PeftModel
 from vl_dist.data.collate import Collator
 from vl_dist.data.encode import Encoder, template_hash
 from vl_dist.data.images import PixelBudget
-from vl_dist.data.records import Message, parse_messages, with_images
+from vl_dist.data.records import Example, Message, parse_messages, with_images
 from vl_dist.errors import UserError
-from vl_dist.evaluate.decode import Prompt, generate
+from vl_dist.evaluate.decode import generate
 from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_base, load_processor, patch_shape, resolve_dtype
 from vl_dist.run.directory import METADATA
@@ -76,7 +76,7 @@ def predict(adapter: Path, images: Sequence[Path], *, base_dir: Path | None, bat
         raise UserError(f"The chat template in {adapter} is not the one of training; restore the adapter's own files.")
     shape = patch_shape(model_dir, processor)
     encoder = Encoder(processor, merge_size=shape.merge_size, end_token=contract.end_token)
-    collator = Collator(encoder, processor.image_processor, root=Path("/"), budget=contract.budget, shape=shape)
+    collator = Collator(encoder, processor.image_processor, roots=[Path("/")], budget=contract.budget, shape=shape)
     model = _load(adapter, model_dir, contract)
     batches = generate(
         model.get_base_model(),
@@ -91,9 +91,8 @@ def predict(adapter: Path, images: Sequence[Path], *, base_dir: Path | None, bat
             yield images[n], processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _prompt(contract: AdapterContract, image: Path) -> Prompt:
-    path = str(image.resolve())
-    return Prompt(str(image), with_images(contract.prompt, [path]), (path,))
+def _prompt(contract: AdapterContract, image: Path) -> Example:
+    return Example(str(image), with_images(contract.prompt, [str(image.resolve())]), answer="")
 
 
 def _load(adapter: Path, model_dir: Path, contract: AdapterContract) -> PeftModel:

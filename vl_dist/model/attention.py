@@ -19,31 +19,35 @@ def resolve_backend(setting: Literal["auto", "sdpa", "eager"]) -> Backend:
     return "sdpa" if setting == "auto" else setting
 
 
-def sees(document_ids: torch.Tensor) -> torch.Tensor:
-    """True where a row may attend to a column: same document, and not later.
+def sees(document_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:
+    """True where a row may attend to a column: not later, of the same document, and in its trunk or in the same branch.
 
     Args:
         document_ids: [T] int64, ascending.
+        branch_ids: [T] int64, 0 in a document's trunk, then the number of the branch from 1.
 
     Returns:
         [T, T] bool.
     """
-    same = document_ids[:, None] == document_ids[None, :]
-    return same.tril()
+    same_document = document_ids[:, None] == document_ids[None, :]
+    reachable = (branch_ids[None, :] == 0) | (branch_ids[:, None] == branch_ids[None, :])
+    return (same_document & reachable).tril()
 
 
-def attention_mask(document_ids: torch.Tensor, backend: Backend, dtype: torch.dtype) -> torch.Tensor:
+def attention_mask(
+    document_ids: torch.Tensor, branch_ids: torch.Tensor, backend: Backend, dtype: torch.dtype
+) -> torch.Tensor:
     """The mask in the form that a backend takes.
 
     Args:
-        document_ids: [T] int64.
+        document_ids, branch_ids: [T] int64, as for `sees`.
         backend: sdpa takes booleans; eager adds the mask to its scores, so forbidden places get the lowest number of
             `dtype`, whose softmax is exactly 0.
 
     Returns:
         [1, 1, T, T].
     """
-    allowed = sees(document_ids)[None, None]
+    allowed = sees(document_ids, branch_ids)[None, None]
     if backend == "sdpa":
         return allowed
     lowest = torch.finfo(dtype).min

@@ -7,6 +7,7 @@ tower's forward once an image, and the head on target rows. Padding and recomput
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,18 @@ class FlopCounter:
         lora = sum(self.rank * sum(sizes[name]) for name in self.targets if name in sizes)
         return float(self.shape.layers * (4 * frozen + 6 * lora))
 
-    def document(self, num_tokens: int) -> float:
-        """Operations of one document: its tokens, and attention among them (2 forward and 4 backward a causal pair)."""
-        attention = 6 * num_tokens**2 * self.shape.heads * self.shape.head_dim * self.shape.layers
-        return num_tokens * self.per_token + attention
+    def document(self, trunk: int, branches: Sequence[int]) -> float:
+        """Operations of one document: its tokens, and attention among them (2 forward and 4 backward a causal pair).
+
+        Args:
+            trunk: tokens that all branches see.
+            branches: tokens of each; with one branch, trunk and branch are the plain sequence.
+        """
+        squares = trunk**2 + sum(
+            branch**2 + 2 * branch * trunk for branch in branches
+        )  # twice the pairs that see each other
+        attention = 6 * squares * self.shape.heads * self.shape.head_dim * self.shape.layers
+        return (trunk + sum(branches)) * self.per_token + attention
 
     def targets_head(self, num_targets: int) -> float:
         """The head on target rows: forward, and the gradient of its input."""

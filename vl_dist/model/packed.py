@@ -62,7 +62,7 @@ class PackedModel(nn.Module):
         if batch.num_images:
             features = self.image_features(batch.pixel_values, batch.image_grids)
             embeddings = embeddings.index_copy(0, batch.image_rows, features.to(embeddings.dtype))
-        mask = attention_mask(batch.document_ids, self._backend, embeddings.dtype)
+        mask = attention_mask(batch.document_ids, batch.branch_ids, self._backend, embeddings.dtype)
         output = language_model(
             inputs_embeds=embeddings[None],
             attention_mask={"full_attention": mask},

@@ -1,88 +1,50 @@
 """From settings to the objects that the loop uses: data, then model, each checked before the next is paid for."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vl_dist.data.collate import Collator
+from vl_dist.data.assemble import RunData, assemble
 from vl_dist.data.encode import Encoder
 from vl_dist.data.images import PatchShape
-from vl_dist.data.lengths import Dropped, HeaderReader, fit
-from vl_dist.data.loader import LoadedData
-from vl_dist.data.record_files import BadRow
-from vl_dist.data.records import examples_of
-from vl_dist.data.validate import ScannedFile, Split, image_limits, pixel_budget, refuse_too_many_bad, scan, splits
-from vl_dist.errors import UserError
+from vl_dist.data.index import Indexer
+from vl_dist.data.validate import Progress, record_paths
+from vl_dist.errors import SharedError
 from vl_dist.model.attention import resolve_backend
 from vl_dist.model.load import attach_lora, load_base, resolve_dtype
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.settings import Config
 
-
-@dataclass(frozen=True, slots=True)
-class RunData:
-    """Training and held-out examples with their sizes, and what was left out of both."""
-
-    train: LoadedData
-    held_out: LoadedData | None
-    bad: tuple[BadRow, ...]  # as bad_rows.jsonl has them, dropped examples of both included
-    dropped: tuple[Dropped, ...]  # training examples that no pack holds
+SECONDS_TO_LET_MAIN_BEGIN = 2.0  # so that the process with a console is the one that shows how measuring goes
 
 
-def load_data(config: Config, processor: Any, shape: PatchShape, ranks: Ranks) -> RunData:
-    """Reads and measures all records; no image is decoded (all ranks; the main process reads for all).
+def load_data(config: Config, processor: Any, shape: PatchShape, ranks: Ranks, on_progress: Progress) -> RunData:
+    """Reads and measures all records; no image is decoded (all ranks; one builds what is not cached yet, for all).
+
+    Args:
+        on_progress: called where something is built, on any rank.
 
     Raises:
-        UserError: nothing to train on, too many records that cannot be used, or an example longer than a pack.
+        UserError: as `assemble`, or ranks found different records.
     """
-    data = config.data
+    encoder = Encoder(processor, merge_size=shape.merge_size, end_token=config.data.end_token)
+    indexer = Indexer(processor, encoder, shape, config.data)
+    yield_s = 0.0 if ranks.is_main else SECONDS_TO_LET_MAIN_BEGIN
 
-    def scanned() -> tuple[ScannedFile, ...]:
-        files = scan(data, shape)
-        refuse_too_many_bad(files, data.max_bad_fraction)
-        return files
+    def load() -> RunData:
+        paths = record_paths(config.data)
+        files = [indexer.open(path, on_progress=on_progress, yield_s=yield_s) for path in paths]
+        return assemble(config, files, encoder, processor.image_processor, shape)
 
-    files = ranks.on_main(scanned)  # so that ranks cannot disagree about a file that comes or goes meanwhile
-    encoder = Encoder(processor, merge_size=shape.merge_size, end_token=data.end_token)
-    train_split, held_out_split = splits(files, data.eval)
-    train, dropped = _loaded(train_split, config, encoder, processor.image_processor, shape)
-    bad = [*(row for file in files for row in file.bad), *_rows_of(dropped, train_split)]
-    held_out = None
-    if held_out_split is not None:
-        held_out, also_dropped = _loaded(held_out_split, config, encoder, processor.image_processor, shape)
-        bad += _rows_of(also_dropped, held_out_split)
-    return RunData(train, held_out, tuple(bad), dropped)
-
-
-def _loaded(
-    split: Split, config: Config, encoder: Encoder, image_processor: Any, shape: PatchShape
-) -> tuple[LoadedData, tuple[Dropped, ...]]:
-    budget, limits, root = pixel_budget(config.data), image_limits(config.data), split.file.root
-    headers = HeaderReader(root, budget, shape, limits, sizes=split.file.sizes)
-    fitted = fit(
-        examples_of(split.records),
-        encoder,
-        headers,
-        max_tokens=config.batch.max_tokens_per_pack,
-        overflow=config.data.overflow,
-    )
-    if not fitted.examples:
-        raise UserError(
-            f"No example of {split.file.path} fits into a pack; the first {fitted.dropped[0].reason}. Raise "
-            "batch.max_tokens_per_pack or make images smaller (data.max_pixels)."
+    found = ranks.each(load)
+    if len(set(ranks.gather([found.train.fingerprint]))) > 1:
+        raise SharedError(
+            "Ranks found different training examples: their record files or images differ, or changed while they were "
+            "read. Put data.train and its images on a file system that all nodes share, and start again."
         )
-    collator = Collator(encoder, image_processor, root=root, budget=budget, shape=shape, limits=limits)
-    return LoadedData(fitted.examples, fitted.lengths, collator), fitted.dropped
-
-
-def _rows_of(dropped: Sequence[Dropped], split: Split) -> list[BadRow]:
-    """Dropped examples as rows of bad_rows.jsonl, with the place of their record."""
-    places = {example.id: record.place for record in split.records for example in examples_of([record])} if dropped else {}
-    return [BadRow(one.id, places[one.id], one.reason) for one in dropped]
+    return found
 
 
 def load_model(config: Config, directory: Path, device: torch.device) -> PackedModel:

@@ -1,6 +1,7 @@
 """What a person sees: a progress display on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -10,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from vl_dist.data.assemble import RunData
 from vl_dist.data.validate import BAD_ROWS
 from vl_dist.evaluate.held_out import Evaluation, group_questions
 from vl_dist.model.packed import PackedModel
-from vl_dist.run.build import RunData
 from vl_dist.run.directory import Start, describe_changes
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.metrics import last_scores
@@ -75,6 +76,21 @@ class RunConsole:
         elif start.checkpoint is not None:
             self.say(f"Going on from {start.checkpoint}.")
 
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Bars for what is read before training: call what it gives with what, how much is done, and how much there is."""
+        tasks: dict[str, TaskID] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = self._progress.add_task(what, total=total, numbers="")
+            self._progress.update(tasks[what], completed=done)
+
+        with self:
+            yield update
+            for task in tasks.values():
+                self._progress.remove_task(task)
+
     def prepared(
         self, config: Config, data: RunData, model: PackedModel, *, num_steps: int, first_step: int, ranks: Ranks
     ) -> None:
@@ -90,6 +106,8 @@ class RunConsole:
             ("devices", f"{ranks.world_size} x {ranks.device.type}"),
             ("output", str(config.run.output_dir)),
         ]
+        for note in data.notes:
+            self.say(f"Note: {note}.")
         if data.bad:
             unusable = len(data.bad) - len(data.dropped)
             rows.insert(

@@ -5,7 +5,7 @@ Data and model code takes `rank` and `world_size` as arguments; only this module
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from vl_dist.errors import SharedError, UserError
 from vl_dist.model.flops import known_peak_flops
 
 T = TypeVar("T")
+N = TypeVar("N")
 
 
 class Ranks:
@@ -54,7 +55,13 @@ class Ranks:
         """Whether the flag is set on any rank; one read a call where there are several (all ranks)."""
         if self.world_size == 1:
             return flag
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+        return self.counts(int(flag))[0] > 0
+
+    def counts(self, *own: int) -> list[int]:
+        """Each count summed over ranks; one read where there are several (all ranks)."""
+        if self.world_size == 1:
+            return list(own)
+        return [int(n) for n in self.sum(torch.tensor(own, device=self.device)).tolist()]
 
     def gather(self, rows: list[T]) -> list[T]:
         """The rows of all ranks, in rank order, on every rank (all ranks)."""
@@ -80,11 +87,36 @@ class Ranks:
         value: T = result[0]
         return value
 
+    def each(self, action: Callable[[], T]) -> T:
+        """Every rank acts for itself (all ranks). What it does may take longer than a collective would wait.
+
+        Raises:
+            UserError: a rank met one; every rank raises it.
+        """
+        result: list[T] = []
+        error: str | None = None
+        try:
+            result.append(action())
+        except UserError as met:
+            error = str(met)
+        met_by_any = [text for text in self.gather([error]) if text is not None]
+        if met_by_any:
+            raise SharedError(met_by_any[0])
+        return result[0]
+
     def together(self, items: Iterable[T]) -> Iterator[T]:
         """The items, of which each rank has as many; one read an item where there are several ranks (all ranks).
 
         Raises:
             UserError: a rank met one making its item; every rank raises it, so that none waits for the others.
+        """
+        return (item for item, _ in self.together_noting(items, lambda item: ()))
+
+    def together_noting(self, items: Iterable[T], notes: Callable[[T], Sequence[N]]) -> Iterator[tuple[T, list[N]]]:
+        """As `together`; with each item what all ranks note about theirs, in rank order.
+
+        Args:
+            notes: of one item; most have none, and then nothing is gathered.
         """
         own = iter(items)
         while True:
@@ -96,9 +128,11 @@ class Ranks:
                 return
             except UserError as met:
                 error = met
-            if self.any(error is not None):
+            noted = list(notes(item[0])) if item else []
+            num_errors, num_noted = self.counts(int(error is not None), len(noted))
+            if num_errors:
                 raise SharedError(next(text for text in self.gather([error and str(error)]) if text is not None))
-            yield item[0]
+            yield item[0], self.gather(noted) if num_noted else []
 
     def wait(self) -> None:
         """Until every rank is here (all ranks)."""

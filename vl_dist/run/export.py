@@ -67,6 +67,7 @@ def model_card(config: Config, *, step: int, num_examples: int, scores: dict[str
     """What the adapter is, how it was made, and how to load it."""
     rows = "\n".join(f"| {name.removeprefix('eval/')} | {value:.4f} |" for name, value in scores.items())
     table = f"\n## Scores on held-out records\n| score | value |\n|---|---|\n{rows}\n" if rows else ""
+    files = ", ".join(f"`{file.path.name}`" for file in config.data.train)
     return f"""---
 library_name: peft
 base_model: {json.dumps(config.model.path)}
@@ -75,7 +76,7 @@ tags: [lora, qwen2_vl]
 ---
 # LoRA adapter for {config.model.path}
 
-Trained for {step} steps of {config.batch.examples_per_step} examples, out of {num_examples} in `{config.data.train.name}`:
+Trained for {step} steps of {config.batch.examples_per_step} examples, out of {num_examples} in {files}:
 rank {config.lora.r}, alpha {config.lora.alpha:g}, learning rate {config.optim.lr:g} ({config.optim.schedule}).
 {table}
 ## Use

@@ -5,15 +5,19 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vl_dist.data.collate import Batch
+from vl_dist.data.examples import ids_of
 from vl_dist.data.lengths import Dropped
 from vl_dist.data.loader import LoadedData
-from vl_dist.data.plan import Step
+from vl_dist.data.plan import Plan, Step
+from vl_dist.data.record_files import BadRow
+from vl_dist.data.validate import BAD_ROWS
 from vl_dist.model.flops import FlopCounter
 from vl_dist.run.directory import LEDGER, METRICS
 from vl_dist.run.distributed import Ranks
@@ -52,54 +56,74 @@ def _complete_lines(path: Path) -> Iterable[str]:
 
 
 class Record:
-    """metrics.jsonl and ledger.jsonl of one run. Does nothing on ranks other than 0."""
+    """metrics.jsonl, ledger.jsonl and bad_rows.jsonl of one run. Does nothing on ranks other than 0."""
 
-    def __init__(self, directory: Path, *, is_main: bool, keep_to_step: int, data: LoadedData) -> None:
+    def __init__(self, directory: Path, *, is_main: bool, keep_to_step: int, data: LoadedData, plan: Plan) -> None:
         """
         Args:
-            directory: the run's output directory, made already.
+            directory: the run's output directory, made already, with bad_rows.jsonl in it.
             keep_to_step: the step that training goes on from.
             data: the training examples, for their ids and targets.
+            plan: how often an epoch should have each of them.
         """
         self._is_main = is_main
         self._data = data
+        self._plan = plan
+        self._directory = directory
         if is_main:
             self._metrics = JsonLines(directory / METRICS, keep_to_step=keep_to_step)
             self._ledger = JsonLines(directory / LEDGER, keep_to_step=keep_to_step)
 
-    def dropped(self, examples: Sequence[Dropped]) -> None:
-        """Examples that no step will have, as rows of step 0; those that an earlier start wrote are not repeated."""
-        if self._is_main:
-            written = {row.get("dropped") for row in self._ledger.rows()}
+    def dropped(self, examples: Sequence[Dropped], *, step: int) -> None:
+        """Examples that a step, or where it is 0 any step, will not have; those written before are not repeated."""
+        if self._is_main and examples:
+            written = {row.get("dropped") for row in self._ledger.rows() if row["step"] == step}
             for one in examples:
                 if one.id not in written:
-                    self._ledger.write({"step": 0, "dropped": one.id, "reason": one.reason})
+                    self._ledger.write({"step": step, "dropped": one.id, "reason": one.reason})
+
+    def dropped_while_training(self) -> list[Dropped]:
+        """What the ledger says of steps up to where training goes on. Main process only."""
+        rows = [row for row in self._ledger.rows() if row["step"] > 0 and "dropped" in row]
+        return [Dropped(row["dropped"], row["reason"]) for row in rows]
+
+    def bad(self, examples: Iterable[Dropped]) -> None:
+        """Examples found unusable while training, once each in bad_rows.jsonl."""
+        if self._is_main:
+            with (self._directory / BAD_ROWS).open("a", encoding="utf-8") as file:
+                for one in examples:
+                    row = BadRow(one.id, "while training", one.reason)
+                    file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl."""
         if self._is_main:
             self._metrics.write(row)
 
-    def ledger(self, step: Step) -> None:
-        """Which examples made a step, over all ranks; after an epoch's last one, whether each example was in one step."""
+    def ledger(self, step: Step, dropped: Sequence[Dropped]) -> None:
+        """Which examples made a step, over all ranks; after an epoch's last one, whether each example was where planned."""
         if not self._is_main:
             return
-        ids = [self._data.examples[n].id for n in step.examples]
-        targets = int(self._data.lengths.targets[step.examples].sum())
+        self.dropped(dropped, step=step.number + 1)
+        gone = {one.id for one in dropped}
+        chosen = [(self._data.examples[n].id, n) for n in step.examples.tolist()]
+        kept = [(name, n) for name, n in chosen if name not in gone]
+        targets = int(self._data.lengths.targets[[n for _, n in kept]].sum())
+        ids = [name for name, _ in kept]
         self._ledger.write({"step": step.number + 1, "epoch": step.epoch, "ids": ids, "targets": targets})
         if step.ends_epoch:
             self._ledger.write({"step": step.number + 1, "epoch": step.epoch, **self._coverage(step.epoch)})
 
     def _coverage(self, epoch: int) -> dict[str, Any]:
-        """What the ledger on disk says about an epoch: examples, those in exactly one step, and the ids of the others."""
+        """What the ledger on disk says of an epoch: examples, those in as many steps as planned, the ids of the others."""
         times: Counter[str] = Counter()
         for row in self._ledger.rows():
             times.update(row.get("ids", ()) if row.get("epoch") == epoch else ())
-        wanted = [example.id for example in self._data.examples]
-        once = sum(times[name] == 1 for name in wanted)
-        missing = [name for name in wanted if times[name] == 0]
-        repeated = [name for name, count in times.items() if count > 1]
-        return {"examples": len(wanted), "once": once, "missing": missing, "repeated": repeated}
+        names, wanted = ids_of(self._data.examples), self._plan.times(epoch).tolist()
+        as_planned = sum(times[name] == count for name, count in zip(names, wanted, strict=True))
+        missing = [name for name, count in zip(names, wanted, strict=True) if times[name] < count]
+        repeated = [name for name, count in zip(names, wanted, strict=True) if times[name] > count]
+        return {"examples": len(names), "as_planned": as_planned, "missing": missing, "repeated": repeated}
 
 
 def last_scores(directory: Path) -> dict[str, float]:
@@ -151,7 +175,7 @@ class Meter:
             self._padding += pack.num_padding
             self._targets += pack.num_targets
             self._patches += pack.num_patches
-            self._useful_flops += sum(self._flops.document(tokens) for tokens in pack.document_tokens)
+            self._useful_flops += sum(self._flops.document(d.trunk, d.branches) for d in pack.documents)
             self._useful_flops += sum(self._flops.image(patches) for patches in pack.image_patches)
             self._useful_flops += self._flops.targets_head(pack.num_targets)
 
