@@ -143,7 +143,10 @@ def test_training_files_are_one_path_or_several_with_weights(tmp_path: Path) -> 
     one, several = load(None, ["data.train=a.jsonl"]), load(None, ["data.train=[a.jsonl,{path: b.jsonl, weight: 2.5}]"])
     assert one.data.train == (TrainFile(path=Path("a.jsonl"), weight=1.0),)
     assert several.data.train == (TrainFile(path=Path("a.jsonl")), TrainFile(path=Path("b.jsonl"), weight=2.5))
-    for config, written in ((one, "train: a.jsonl\n"), (several, "train:\n  - a.jsonl\n  - path: b.jsonl\n    weight: 2.5\n")):
+    for config, written in (
+        (one, "train: a.jsonl\n"),
+        (several, "train:\n  - a.jsonl\n  - path: b.jsonl\n    weight: 2.5\n"),
+    ):
         path = tmp_path / "config.yaml"
         path.write_text(dump(config))
         assert load(path) == config

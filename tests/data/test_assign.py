@@ -72,7 +72,8 @@ def test_a_group_is_one_document_or_as_few_as_a_pack_allows_each_with_the_trunk(
     for rank in assignment.packs:
         for pack in rank:
             tokens = sum(
-                groups[number[document[0]]][0] + sum(rows[n][0] - rows[n][4] for n in document) for document in pack.documents
+                groups[number[document[0]]][0] + sum(rows[n][0] - rows[n][4] for n in document)
+                for document in pack.documents
             )
             assert pack.num_tokens == tokens <= MAX_TOKENS
 

@@ -72,10 +72,6 @@ class Example:
     max_pixels: int | None = None  # a smaller bound on its images than the run's, so that it fits into a pack
     file: int = 0  # the record file it is of, by number; image paths are relative to that file's root
 
-    def same_trunk(self, other: "Example") -> bool:
-        """Whether both ask the same about the same pixels, so that all before the answer can be shared."""
-        return (self.file, self.max_pixels, self.prompt) == (other.file, other.max_pixels, other.prompt)
-
     @property
     def image_paths(self) -> tuple[str, ...]:
         """Paths of all images, in the order they appear."""
