@@ -1,4 +1,4 @@
-"""Figures of the data plane: how long planning takes, how full packs are, how evenly ranks are busy.
+"""Figures of the data plane: planning, how full packs are, how evenly ranks are busy, measuring records, loading images.
 
     python -m benchmarks.data [--quick]
 
@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.loading import images_per_s, index_times
+from vl_dist.data.assign import Assignment, Pack, assign, pack_lengths, padded_length
+from vl_dist.data.groups import cost, group_examples
 from vl_dist.data.lengths import Lengths
-from vl_dist.data.plan import Assignment, Step, assign, cost, pack_lengths, padded_length, plan_epoch
+from vl_dist.data.plan import Step, plan_epoch
 
 MAX_TOKENS = 8192
 NUM_PACK_LENGTHS = 16
@@ -40,7 +43,7 @@ def coco_like(count: int, rng: np.random.Generator) -> Lengths:
     """One 280x280 image and a caption of 8 to 30 tokens each."""
     targets = np.clip(rng.normal(13, 3, count), 8, 30).astype(np.int64)
     ones = np.ones(count, dtype=np.int64)
-    return Lengths(tokens=115 + targets, targets=targets, patches=400 * ones, images=ones)
+    return Lengths.of_rows(np.stack([115 + targets, targets, 400 * ones, ones, 114 * ones], axis=1))
 
 
 def mixed(count: int, rng: np.random.Generator, *, large_images: bool = False) -> Lengths:
@@ -50,7 +53,9 @@ def mixed(count: int, rng: np.random.Generator, *, large_images: bool = False) -
     if large_images:
         large = rng.random(count) < 1 / 500
         tokens, image_tokens = np.where(large, 4096 + 100, tokens), np.where(large, 4096, image_tokens)
-    return Lengths(tokens, np.maximum(1, tokens // 10), 4 * image_tokens, (image_tokens > 0).astype(np.int64))
+    targets = np.maximum(1, tokens // 10)
+    columns = [tokens, targets, 4 * image_tokens, (image_tokens > 0).astype(np.int64), tokens - targets - 1]
+    return Lengths.of_rows(np.stack(columns, axis=1))
 
 
 def measure_ours(step: Step, lengths: Lengths, world_size: int) -> Balance:
@@ -70,8 +75,8 @@ def measure_token_full(step: Step, lengths: Lengths, world_size: int) -> Balance
         used += int(lengths.tokens[n])
     while len(packs) % world_size:
         packs.append([])
-    dealt = tuple(tuple(tuple(pack) for pack in packs[rank::world_size]) for rank in range(world_size))
-    return _balance(Assignment(dealt), lengths)
+    filled = [Pack(tuple((n,) for n in pack), int(lengths.tokens[pack].sum())) for pack in packs]
+    return _balance(Assignment(tuple(tuple(filled[rank::world_size]) for rank in range(world_size))), lengths)
 
 
 def measure_padded(step: Step, lengths: Lengths, world_size: int) -> Balance:
@@ -96,10 +101,10 @@ def measure_padded(step: Step, lengths: Lengths, world_size: int) -> Balance:
 def _balance(assignment: Assignment, lengths: Lengths) -> Balance:
     costs = cost(lengths.tokens, lengths.patches)
     allowed = pack_lengths(MAX_TOKENS, NUM_PACK_LENGTHS)
-    loads = [sum(float(costs[list(pack)].sum()) for pack in rank) for rank in assignment.packs]
-    sizes = [int(lengths.tokens[list(pack)].sum()) for rank in assignment.packs for pack in rank]
+    loads = [sum(float(costs[list(pack.examples)].sum()) for pack in rank) for rank in assignment.packs]
+    sizes = [pack.num_tokens for rank in assignment.packs for pack in rank]
     padded = sum(padded_length(size, allowed) for size in sizes)
-    examples = np.array([n for rank in assignment.packs for pack in rank for n in pack])
+    examples = np.array([n for rank in assignment.packs for pack in rank for n in pack.examples])
     return Balance(
         statistics.mean(loads) / max(loads),
         padded - sum(sizes),
@@ -115,9 +120,8 @@ def _dominated(examples: NDArray[np.int64], costs: NDArray[np.float64], world_si
 def planning_time(count: int, lengths: Lengths, examples_per_step: int) -> tuple[float, int]:
     """Seconds to plan one epoch, and its steps."""
     started = time.perf_counter()
-    steps = plan_epoch(
-        cost(lengths.tokens, lengths.patches), examples_per_step, seed=0, epoch=0, shuffle=True, bucket_steps=8
-    )
+    groups = group_examples(lengths)
+    steps = plan_epoch(groups, examples_per_step, seed=0, epoch=0, shuffle=True, bucket_steps=8)
     return time.perf_counter() - started, len(steps)
 
 
@@ -148,9 +152,8 @@ def main() -> None:
         ("mix, 1 in 500 large", mixed(40_000, rng, large_images=True), 8, EXAMPLES_PER_RANK),
         ("mix, 1 in 500 large", mixed(40_000, rng, large_images=True), 64, EXAMPLES_PER_RANK),
     ):
-        plan = plan_epoch(
-            cost(lengths.tokens, lengths.patches), per_rank * world_size, seed=0, epoch=0, shuffle=True, bucket_steps=8
-        )
+        groups = group_examples(lengths)
+        plan = plan_epoch(groups, per_rank * world_size, seed=0, epoch=0, shuffle=True, bucket_steps=8)
         steps_shown = [step for step in plan if len(step.examples) == per_rank * world_size][:100]
         started = time.perf_counter()
         for step in steps_shown:
@@ -171,6 +174,24 @@ def main() -> None:
                 f"{assign_ms:.1f}" if way == "ours" else "",
             )
     console.print(table)
+
+    cold_s, warm_s, megabytes = index_times(num_images=8_000 // share, captions=5)
+    index = Table("lengths index", "records", "images", "cold s", "warm s", "MB")
+    index.add_row(
+        "one caption each",
+        f"{40_000 // share:,}",
+        f"{8_000 // share:,}",
+        f"{cold_s:.1f}",
+        f"{warm_s:.2f}",
+        f"{megabytes:.1f}",
+    )
+    console.print(index)
+
+    bare, ours = images_per_s(num_images=600 // share, rounds=5)
+    loading = Table("one core, 640x480 photographs to 280x280", "images/s")
+    loading.add_row("bare decode + resize + processor", f"{bare:.1f}")
+    loading.add_row("collator: with tokens, positions and masks of each example", f"{ours:.1f}")
+    console.print(loading)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class Examples(Sequence[Example]):
         return [by_file[file][row] for file, row in self._rows.tolist()]
 
     def trunks(self) -> NDArray[np.int64]:
-        """[N] a number for each example; equal ones ask the same about the same pixels: all but the answer can be shared."""
+        """[N] a number for each example; equal ones ask the same about the same pixels, so they can share it."""
         numbers: dict[tuple[int, int, int | None], int] = {}
         keys = (
             (file, int(self._files[file].prompts[row]), self._shrunk.get((file, row))) for file, row in self._rows.tolist()
