@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -56,12 +57,13 @@ def test_pixels_are_those_of_qwen_vl_utils_and_of_the_whole_processor(
         expected = fetch_image({"image": str(path), **request})
         image = load_image(path)
         assert np.array_equal(np.asarray(resize_image(image, budget, shape)), np.asarray(expected))
-        pixels, grid = patches_of(image, budget, shape, processor.image_processor)
+        grid = grid_of(*read_size(path), budget, shape)
+        pixels = patches_of([resize_image(image, budget, shape)], shape, processor.image_processor)
         whole = processor.image_processor(images=[expected], return_tensors="pt")
         if budget.max_pixels is not None or budget.resized_height is not None:
             assert [grid.t, grid.h, grid.w] == whole["image_grid_thw"][0].tolist()
             assert bool((pixels == whole["pixel_values"]).all())
-        assert grid == grid_of(*read_size(path), budget, shape)
+        assert len(pixels) == grid.num_patches
 
 
 def test_without_qwen_vl_utils_the_pixels_are_the_same(
@@ -117,3 +119,12 @@ def test_paths_stay_under_the_image_root(tmp_path: Path, photos: Path) -> None:
 
 def test_a_grid_counts_its_patches_and_tokens() -> None:
     assert (Grid(1, 20, 20).num_patches, Grid(1, 20, 20).num_tokens(2)) == (400, 100)
+
+
+def test_patches_of_many_images_are_those_of_each_alone_in_order(photos: Path, processor: Any, shape: PatchShape) -> None:
+    budget = PixelBudget(max_pixels=20_000)
+    resized = [resize_image(load_image(path), budget, shape) for path in sorted(photos.glob("*.jpg"))]
+    assert len({image.size for image in resized}) > 1
+    together = patches_of(resized, shape, processor.image_processor)
+    alone = [patches_of([image], shape, processor.image_processor) for image in resized]
+    assert bool((together == torch.cat(alone)).all())

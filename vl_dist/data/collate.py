@@ -19,10 +19,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from vl_dist.data.encode import Encoded, Encoder
 from vl_dist.data.image_files import DEFAULT_LIMITS, ImageLimits, load_image, resolve_path
-from vl_dist.data.images import Grid, ImageError, PatchShape, PixelBudget, grid_of, named, patches_of, within
+from vl_dist.data.images import (
+    Grid,
+    ImageError,
+    PatchShape,
+    PixelBudget,
+    grid_of,
+    grid_of_resized,
+    named,
+    patches_of,
+    resize_image,
+    within,
+)
 from vl_dist.data.lengths import Dropped
 from vl_dist.data.positions import mrope_positions
 from vl_dist.data.records import Example
@@ -157,7 +169,7 @@ class Collator:
             UserError: a text that cannot be encoded.
         """
         made: list[Document] = []
-        pixels: list[torch.Tensor] = []
+        resized: list[Image.Image] = []
         ids: list[str] = []
         dropped: list[Dropped] = []
         for examples in documents:
@@ -165,12 +177,12 @@ class Collator:
             if isinstance(images, str):
                 dropped += [Dropped(example.id, images) for example in examples]
                 continue
-            grids = [grid for _, grid in images]
+            grids = [grid_of_resized(image, self.shape) for image in images]
             encoded = [self.encoder.encode(example, grids) for example in examples]
             made.append(make_document(encoded, self.shape.merge_size))
-            pixels += [values for values, _ in images]
+            resized += images
             ids += [example.id for example in examples]
-        return self._join(made, pixels, tuple(ids), length, tuple(dropped))
+        return self._join(made, self._patches(resized), tuple(ids), length, tuple(dropped))
 
     def prompt(self, example: Example) -> tuple[Encoded, torch.Tensor]:
         """An example's prompt ready for generation, and its patches [P, C].
@@ -181,33 +193,34 @@ class Collator:
         images = self._images(example)
         if isinstance(images, str):
             raise UserError(f"Example {example.id}: {images}. Mend or remove the record.")
-        encoded = self.encoder.encode_prompt(example.prompt, [grid for _, grid in images])
-        return encoded, self._cat([values for values, _ in images])
+        grids = [grid_of_resized(image, self.shape) for image in images]
+        return self.encoder.encode_prompt(example.prompt, grids), self._patches(images)
 
-    def _images(self, example: Example) -> list[tuple[torch.Tensor, Grid]] | str:
-        """Patches and grid of each image, or why one of them cannot be used."""
+    def _images(self, example: Example) -> list[Image.Image] | str:
+        """Each image in its target size, or why one of them cannot be used."""
         budget = within(self.budget, example.max_pixels)
-        found: list[tuple[torch.Tensor, Grid]] = []
+        found: list[Image.Image] = []
         for path in example.image_paths:
             try:
-                found.append(self._patches(path, self._roots[example.file], budget))
+                image = load_image(resolve_path(path, self._roots[example.file], self._limits))
+                found.append(resize_image(image, budget, self.shape))
+                expected = grid_of(image.height, image.width, budget, self.shape)
             except ImageError as error:
                 return named(error, path)
+            assert grid_of_resized(found[-1], self.shape) == expected, "header and image disagree"
         return found
 
-    def _patches(self, path: str, root: Path, budget: PixelBudget) -> tuple[torch.Tensor, Grid]:
-        image = load_image(resolve_path(path, root, self._limits))
-        pixels, grid = patches_of(image, budget, self.shape, self._image_processor)
-        assert grid == grid_of(image.height, image.width, budget, self.shape), "header and image disagree"
-        return pixels, grid
-
-    def _cat(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(list(pixels)) if pixels else torch.empty(0, self._patch_values)
+    def _patches(self, resized: Sequence[Image.Image]) -> torch.Tensor:
+        """[P, C] of images in their target size."""
+        if not resized:
+            return torch.empty(0, self._patch_values)
+        pixels: torch.Tensor = patches_of(resized, self.shape, self._image_processor)
+        return pixels
 
     def _join(
         self,
         documents: list[Document],
-        pixels: Sequence[torch.Tensor],
+        pixels: torch.Tensor,
         ids: tuple[str, ...],
         length: int | None,
         dropped: tuple[Dropped, ...],
@@ -228,7 +241,7 @@ class Collator:
             target_rows=torch.from_numpy(target_at - 1),
             target_ids=torch.from_numpy(input_ids[target_at]),
             image_rows=torch.from_numpy(np.flatnonzero(np.concatenate([document.is_image for document in rows]))),
-            pixel_values=self._cat(pixels),
+            pixel_values=pixels,
             image_grids=torch.tensor([(grid.t, grid.h, grid.w) for grid in grids], dtype=torch.int64).reshape(-1, 3),
             example_ids=ids,
             num_padding=num_padding,

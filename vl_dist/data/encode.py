@@ -235,24 +235,18 @@ class Encoder:
 
     def _fill(self, pieces: Sequence[Piece], texts: Sequence[str], grids: Sequence[Grid]) -> Encoded:
         ids: list[int] = []
-        targets: list[bool] = []
-        image: list[bool] = []
+        runs: list[tuple[int, bool, bool]] = []  # of tokens: how many, whether they are targets, and an image's
         for run, is_target in _runs(pieces, texts):
             if isinstance(run, ImageSlot):
                 new = [self._image_token_id] * grids[run.index].num_tokens(self._merge_size)
             else:
                 new = [run.token_id] if isinstance(run, Special) else self._plain_ids(run, remember=not is_target)
             ids += new
-            targets += [is_target] * len(new)
-            image += [isinstance(run, ImageSlot)] * len(new)
-        if targets[-1] and self._end_id is not None:
+            runs.append((len(new), is_target, isinstance(run, ImageSlot)))
+        if runs[-1][1] and self._end_id is not None:
             ids[-1] = self._end_id
-        return Encoded(
-            np.array(ids, dtype=np.int64),
-            np.array(targets, dtype=np.bool_),
-            np.array(image, dtype=np.bool_),
-            tuple(grids),
-        )
+        lengths, targets, image = zip(*runs, strict=True)
+        return Encoded(np.array(ids, dtype=np.int64), np.repeat(targets, lengths), np.repeat(image, lengths), tuple(grids))
 
     def _plain_ids(self, text: str, *, remember: bool) -> list[int]:
         found = self._plain.get(text)
@@ -264,7 +258,9 @@ class Encoder:
 
     def _tokenize_plain(self, text: str) -> list[int]:
         """Token ids of text in which nothing is a special token."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # The tokenizer's own core: its wrapper takes as long again. It sets this flag before each call of its own.
+        self._tokenizer.backend_tokenizer.encode_special_tokens = True
+        ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         if not self._added_ids.isdisjoint(ids):
             raise UserError(f"The text {text[:80]!r} holds a token that this tokenizer cannot escape; remove it.")
         return ids

@@ -124,6 +124,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image  # as convert would give it, but not copied
     if image.has_transparency_data:
         transparent = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))

@@ -124,7 +124,7 @@ def test_the_tutorials_recipe_finds_everything_when_started_in_the_output_folder
     config = load(ROOT / "recipes" / "coco2014_tutorial.yaml")
     assert config.data.image_root is None
     monkeypatch.chdir(out)
-    records = read_back(config.data.train)
+    records = read_back(config.data.train[0].path)
     assert [record.id for record in records] == [f"identity_{n}" for n in range(1, 16)]
     assert records[0].image_paths == (str(out / "coco_2014_caption" / f"{IDS['cat']}.jpg"),)
 
