@@ -1,4 +1,4 @@
-# What launch/local.sh and launch/slurm.sbatch share. They source it at the repository's root.
+# What launch/local.sh, launch/slurm.sbatch and launch/slurm_node.sh share. They source it at the repository's root.
 # shellcheck shell=bash disable=SC2034 # they read what is set here
 
 python=${PYTHON:-python}
@@ -54,12 +54,16 @@ stop_asking() {
   rm -f "$output_dir/STOP"
 }
 
-# wait_for PID: its exit code, into `ended_with`. `wait` also returns when a signal was caught.
+# wait_for PID: its exit code, into `ended_with`.
 wait_for() {
-  while kill -0 "$1" 2>/dev/null; do
+  while
     wait "$1"
     ended_with=$?
-  done
+    kill -0 "$1" 2>/dev/null # `wait` also returns when a signal was caught
+  do :; done
+  wait "$1" 2>/dev/null # where it did so just before the end, the exit code is still to be had
+  local code=$?
+  [ "$code" -eq 127 ] || ended_with=$code
 }
 
 # The run's own code, into `code`; ends the script where the run left none.

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One node's part of launch/slurm.sbatch, which starts it with srun: launch/slurm_node.sh PYTHON OUTPUT_DIR WORD...
+# One node's part of launch/slurm.sbatch, which starts it with srun: launch/slurm_node.sh OUTPUT_DIR WORD...
 # The words are for `accelerate launch`.
 set -u
-python=$1
-output_dir=$2
-shift 2
+. launch/common.sh
+output_dir=$1
+shift
 
-# With several nodes they meet at the first one, and only it opens the port: accelerate's static way cannot say so, and the
-# default way guesses from host names. A slow file system may start a node minutes after the others.
+# Several nodes meet at the first one, and only it opens the port: left to itself, a node guesses from host names whether it
+# is the one. A slow file system may start one node minutes after another.
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
   is_host=$([ "$SLURM_NODEID" -eq 0 ] && echo 1 || echo 0)
   set -- --machine_rank "$SLURM_NODEID" --rdzv_backend c10d --rdzv_conf "is_host=$is_host,read_timeout=600" "$@"
@@ -22,17 +22,13 @@ trap : TERM
   exec "$python" launch/accelerate_launch.py "$@"
 ) &
 launcher_pid=$!
-code=0
-while kill -0 "$launcher_pid" 2>/dev/null; do
-  wait "$launcher_pid"
-  code=$?
-done
+wait_for "$launcher_pid"
 
 # srun ends the other nodes when this one fails: not before rank 0, which may be on one of them, has said why the run ended.
-if [ "$code" -ne 0 ]; then
+if [ "$ended_with" -ne 0 ]; then
   for _ in {1..10}; do
     [ ! -f "$output_dir/outcome.json" ] || break
     sleep 1
   done
 fi
-exit "$code"
+exit "$ended_with"

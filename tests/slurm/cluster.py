@@ -26,7 +26,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={home}/munge.socket,cred_expire=5
+AuthInfo=socket={home}/munge.socket,cred_expire=10
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={home}/state
@@ -122,9 +122,8 @@ class Cluster:
         """Ends all jobs, then the daemons, then whatever is left of either."""
         self.command("scancel", "--state=PENDING,RUNNING,SUSPENDED", "--signal=KILL", "--full", "--me")
         self.command("scancel", "--me")
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons):  # munged last: the others talk through it to the end
             daemon.terminate()
-        for daemon in self._daemons:
             try:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:

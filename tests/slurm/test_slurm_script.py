@@ -32,24 +32,31 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def batch(notes: Path, *words: str, signals: str = "", restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+def environment(notes: Path) -> dict[str, str]:
+    """That of a job of two nodes with four GPUs each."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    outside.pop("PROCESSES_PER_NODE", None)
+    return outside | {
         "PATH": f"{notes / 'bin'}:{os.environ['PATH']}",
         "PYTHON": sys.executable,
         "NOTES": str(notes),
         "OUTPUT_DIR": str(notes / "run"),
-        "SIGNALS": signals,
+        "SIGNALS": "",
         "SLURM_JOB_ID": "20007",
         "SLURM_JOB_NODELIST": "first,second",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "4",
-        "SLURM_RESTART_COUNT": str(restarts),
     }
-    environment.pop("PROCESSES_PER_NODE", None)
-    return subprocess.run(
-        ["launch/slurm.sbatch", *words, f"run.output_dir={notes / 'run'}"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+
+
+def batch(notes: Path, *words: str, **changed: str) -> subprocess.CompletedProcess[str]:
+    """Runs the batch script."""
+    command = ["launch/slurm.sbatch", *words, f"run.output_dir={notes / 'run'}"]
+    return run(command, environment(notes) | changed)
+
+
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,6 @@ def batch(notes: Path, *words: str, signals: str = "", restarts: int = 0) -> sub
         ("TERM", 0, 85, 9, False),
         ("", 0, 85, 9, False),  # a STOP file that a person made
         ("USR1", 0, 0, 9, False),  # finished just then
-        ("USR1", 0, 1, 9, False),
         ("USR1", 0, None, 9, False),  # an earlier run's 85 does not count
     ],
 )
@@ -73,7 +79,7 @@ def test_a_job_is_requeued_only_when_the_scheduler_stopped_it_in_order_and_it_go
     (notes / "run" / "outcome.json").write_text(json.dumps(earlier))
     if code is not None:
         (notes / "outcome.json").write_text(json.dumps({"code": code, "reason": "why it ended", "step": step}))
-    ended = batch(notes, signals=signals, restarts=restarts)
+    ended = batch(notes, SIGNALS=signals, SLURM_RESTART_COUNT=str(restarts))
     assert ended.returncode == (1 if code is None else code), ended.stderr
     assert (notes / "requeue").exists() == requeued
     assert not (notes / "run" / "STOP").exists()
@@ -98,3 +104,37 @@ def test_nodes_processes_and_rendezvous_come_from_the_job(notes: Path, distribut
     assert given.get("--deepspeed_multinode_launcher") == ("standard" if "DEEPSPEED" in distributed_type else None)
     train = words.index("train.py")
     assert words[train + 1 : train + 3] == ["recipes/shapes.yaml", "optim.lr=1e-3"]
+
+
+@pytest.mark.parametrize(("node", "is_host"), [("0", "1"), ("1", "0")])
+def test_the_first_node_alone_opens_the_port(notes: Path, node: str, is_host: str) -> None:
+    command = ["launch/slurm_node.sh", str(notes / "run"), "train.py"]
+    ended = run(command, environment(notes) | {"PYTHON": "echo", "SLURM_NODEID": node})
+    assert ended.stdout.split()[1:] == [
+        "--machine_rank", node, "--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={is_host},read_timeout=600", "train.py",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "changed", "message"),
+    [
+        (["absent.yaml"], {}, "absent.yaml"),
+        (["--config_file"], {}, "--config_file needs a value"),
+        (["--config_file", "absent.yaml"], {}, "There is no absent.yaml"),
+        (["--config_file", "accelerate_configs/one_gpu.yaml"], {}, "is for one process; this job has 8"),
+        ([], {"SLURM_GPUS_ON_NODE": ""}, "no GPUs"),
+        ([], {"PROCESSES_PER_NODE": "two"}, "PROCESSES_PER_NODE=N"),
+        (
+            [],
+            {"SLURM_JOB_ID": ""},
+            "SLURM_JOB_ID is not set: this is no SLURM job. Start it with sbatch launch/slurm.sbatch",
+        ),
+    ],
+)
+def test_what_cannot_work_ends_with_code_2_and_one_message_before_anything_is_launched(
+    notes: Path, words: list[str], changed: dict[str, str], message: str
+) -> None:
+    ended = run(["launch/slurm.sbatch", *words], environment(notes) | changed)
+    assert ended.returncode == 2
+    assert message in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert not (notes / "srun").exists()
