@@ -6,6 +6,7 @@ workers gives the same packs.
 
 import hashlib
 import itertools
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,10 @@ def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
 
 def _one_thread(_worker: int) -> None:
     torch.set_num_threads(1)  # workers share the cores with the training process
+    # A request to stop often goes to every process of a job. The step in progress still needs its packs; workers end with
+    # the process that they work for.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _raise_error(loaded: Batch | UserError) -> Batch:
