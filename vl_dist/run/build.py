@@ -16,11 +16,13 @@ from vl_dist.data.record_files import BadRow
 from vl_dist.data.records import examples_of
 from vl_dist.data.validate import ScannedFile, Split, image_limits, pixel_budget, refuse_too_many_bad, scan, splits
 from vl_dist.errors import UserError
+from vl_dist.evaluate.held_out import read_frequency
+from vl_dist.evaluate.scores import DocumentFrequency
 from vl_dist.model.attention import resolve_backend
 from vl_dist.model.load import attach_lora, load_base, resolve_dtype
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
-from vl_dist.settings import Config
+from vl_dist.settings import Config, EvalConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,19 @@ def _rows_of(dropped: Sequence[Dropped], split: Split) -> list[BadRow]:
     """Dropped examples as rows of bad_rows.jsonl, with the place of their record."""
     places = {example.id: record.place for record in split.records for example in examples_of([record])} if dropped else {}
     return [BadRow(one.id, places[one.id], one.reason) for one in dropped]
+
+
+def load_frequency(settings: EvalConfig, ranks: Ranks) -> DocumentFrequency | None:
+    """How rare n-grams are in `eval.cider_corpus`, on the main process, which scores; None elsewhere and without one.
+
+    Raises:
+        UserError: the file is not there, or not a record file (all ranks).
+    """
+    found: list[DocumentFrequency] = []
+    path = settings.cider_corpus
+    if path is not None:
+        ranks.on_main(lambda: found.append(read_frequency(path)))
+    return found[0] if found else None
 
 
 def load_model(config: Config, directory: Path, device: torch.device) -> PackedModel:

@@ -16,7 +16,7 @@ from vl_dist.model.packed import PackedModel
 from vl_dist.run.build import RunData
 from vl_dist.run.directory import Start, describe_changes
 from vl_dist.run.distributed import Ranks
-from vl_dist.run.metrics import last_scores
+from vl_dist.run.export import exported_scores
 from vl_dist.settings import Config
 
 
@@ -69,7 +69,7 @@ class RunConsole:
         for skipped in start.skipped:
             self.say(f"Checkpoint {skipped.path.name} is not used: {skipped.reason}.")
         if start.finished:
-            scores = "  ".join(f"{name} {value:.4f}" for name, value in last_scores(output_dir).items())
+            scores = "  ".join(f"{name} {value:.4f}" for name, value in exported_scores(output_dir).items())
             self.say(f"The run in {output_dir} is finished. {scores}\nIts adapter: {output_dir / 'adapter'}")
             self.say("To train anew, give another run.output_dir, or set run.resume=never to replace it.")
         elif start.checkpoint is not None:
@@ -102,7 +102,9 @@ class RunConsole:
         if not finished:
             self.say(f"Not finished: {reason}.")
             return
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in last_scores(output_dir).items())
+        if self._console.quiet:
+            return  # the adapter is the main process's, and may not be there yet
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in exported_scores(output_dir).items())
         adapter = output_dir / "adapter"
         self.panel(
             "finished",

@@ -54,7 +54,7 @@ def inspect(config: Config) -> Start:
     finished = (directory / "adapter" / METADATA).is_file()
     if config.run.resume == "never":
         return Start(changed=changed)
-    if finished and not trains:
+    if finished and not trains and not any(change.path == "run.final" for change in changed):
         return Start(finished=True, changed=changed)
     if config.run.resume != "auto":
         return Start(checkpoint=_asked_checkpoint(config), changed=changed)

@@ -102,11 +102,14 @@ class Record:
         return {"examples": len(wanted), "once": once, "missing": missing, "repeated": repeated}
 
 
-def last_scores(directory: Path) -> dict[str, float]:
-    """The columns `eval/...` of the last evaluation in metrics.jsonl; empty if there was none."""
-    rows = [json.loads(line) for line in _complete_lines(directory / METRICS)]
-    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    return {name: value for name, value in evaluated[-1].items() if name.startswith("eval/")} if evaluated else {}
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """All complete rows of a run's metrics.jsonl; none if there is no such file."""
+    return [json.loads(line) for line in _complete_lines(directory / METRICS)]
+
+
+def scores_of(row: dict[str, Any]) -> dict[str, float]:
+    """The columns `eval/...` of a row of metrics.jsonl."""
+    return {name: value for name, value in row.items() if name.startswith("eval/")}
 
 
 class Meter:
