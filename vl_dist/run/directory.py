@@ -8,14 +8,9 @@ from pathlib import Path
 from vl_dist.config import Change, changes, dump, load
 from vl_dist.errors import UserError
 from vl_dist.run.checkpoint import Skipped, damage, find_checkpoint
+from vl_dist.run.files import CONFIG, LEDGER, METADATA, METRICS, OUTCOME
 from vl_dist.run.interrupt import STOP_FILE
 from vl_dist.settings import Config
-
-CONFIG = "config.yaml"
-OUTCOME = "outcome.json"
-METRICS = "metrics.jsonl"
-LEDGER = "ledger.jsonl"
-METADATA = "training_metadata.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

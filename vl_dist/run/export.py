@@ -15,7 +15,7 @@ from vl_dist.data.records import Example, messages_to_json, usual_prompt
 from vl_dist.data.validate import pixel_budget
 from vl_dist.run.best import Final
 from vl_dist.run.checkpoint import ADAPTER_FILES, save_adapter
-from vl_dist.run.directory import METADATA
+from vl_dist.run.files import METADATA
 from vl_dist.settings import Config
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")

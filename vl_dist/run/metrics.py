@@ -15,8 +15,8 @@ from vl_dist.data.lengths import Dropped
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.plan import Step
 from vl_dist.model.flops import FlopCounter
-from vl_dist.run.directory import LEDGER, METRICS
 from vl_dist.run.distributed import Ranks
+from vl_dist.run.files import LEDGER, METRICS
 
 
 class JsonLines:
