@@ -95,7 +95,9 @@ def test_settings_show_what_differs_from_the_defaults_or_between_runs(tmp_path: 
         return {name: re.findall(r"<td>([^<]*)</td>", cells) for name, cells in rows}
 
     assert report(one) == 0
-    assert shown((one / "report.html").read_text()).keys() == {"optim.lr", "data.train", "data.image_root"}
+    alone = shown((one / "report.html").read_text())
+    assert alone.keys() == {"optim.lr", "data.train", "data.image_root"}
+    assert alone["optim.lr"] == ["0.0003"]
     assert report(one, other, "--out", tmp_path / "both.html") == 0
     both = (tmp_path / "both.html").read_text()
     differing = shown(both)

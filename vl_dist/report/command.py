@@ -26,9 +26,9 @@ def _report(arguments: argparse.Namespace) -> None:
         raise UserError(f"--images is {arguments.images}; it must be 0 or more.")
     runs = read_runs(arguments.runs)
     out = arguments.out if arguments.out is not None else arguments.runs[0] / "report.html"
-    text = page(runs, num_images=arguments.images)
+    data = page(runs, num_images=arguments.images).encode("utf-8", "replace")
     try:
-        out.write_text(text, encoding="utf-8")
+        out.write_bytes(data)
     except OSError as error:
         raise UserError(f"The report {out} cannot be written ({error.strerror}); give another --out.") from None
-    sys.stdout.write(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(text.encode()) / 1e6:.1f} MB\n")
+    sys.stdout.write(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(data) / 1e6:.1f} MB\n")

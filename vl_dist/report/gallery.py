@@ -43,7 +43,8 @@ def gallery(runs: Sequence[RunRecord], num_images: int) -> Html | None:
         return None
     note = (
         f"{len(chosen)} of {len(questions)} held-out prompts, spread evenly from the lowest CIDEr-D at the last evaluation "
-        "to the highest. The number beside a caption is its CIDEr-D, from 0 to 10; a tick says that it equals a reference."
+        "to the highest: the references of each, then the captions as training went on. The number beside a caption is its "
+        "CIDEr-D, from 0 to 10; a tick says that it equals a reference."
     )
     cards = [_card(question, runs) for question in chosen]
     return element(

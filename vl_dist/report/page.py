@@ -199,11 +199,10 @@ def _settings(runs: Sequence[RunRecord]) -> Html:
     else:
         title = "What differs from the defaults"
         shown = [name for name in names if name in defaults and not _same(runs[0].settings[name], defaults[name])]
-    differing = _table(runs, shown, meanings) if shown else element("p", "Nothing.", class_="note")
+    beside = defaults if len(runs) == 1 else None
+    differing = _table(runs, shown, meanings, defaults=beside) if shown else element("p", "Nothing.", class_="note")
     everything = element("details", element("summary", f"All {len(names)} settings"), _table(runs, names, meanings))
-    return element(
-        "section", element("h2", "Settings"), element("h3", title), differing, everything, id="settings"
-    )  # fmt: skip
+    return element("section", element("h2", "Settings"), element("h3", title), differing, everything, id="settings")
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -213,24 +212,32 @@ def _same(value: Any, default: Any) -> bool:
     return value is None if default is None else str(value) == str(default)
 
 
-def _table(runs: Sequence[RunRecord], names: Sequence[str], meanings: dict[str, str]) -> Html:
+def _table(
+    runs: Sequence[RunRecord],
+    names: Sequence[str],
+    meanings: dict[str, str],
+    *,
+    defaults: dict[str, Any] | None = None,
+) -> Html:
+    """A row for each key, a column for each run, and one of the defaults if they are given."""
     heads = [element("th", element("i", class_="key"), run.name, class_=f"run{n % 8}") for n, run in enumerate(runs)]
     rows = [
         element(
             "tr",
             element("th", element("code", name), scope="row", title=meanings.get(name)),
             *(element("td", _plain(run.settings[name]) if name in run.settings else "") for run in runs),
+            element("td", _plain(defaults[name]), class_="default") if defaults is not None else None,
         )
         for name in names
     ]
-    head = element("tr", element("th", "key"), *heads)
+    head = element("tr", element("th", "key"), *heads, element("th", "default") if defaults is not None else None)
     return element("div", element("table", element("thead", head), element("tbody", *rows)), class_="wide")
 
 
 def _plain(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
