@@ -78,10 +78,10 @@ def _questions(runs: Sequence[RunRecord]) -> list[_Question]:
 
 
 def _card(question: _Question, runs: Sequence[RunRecord]) -> Html:
-    references = [str(text) for text in question.first.get("references", ())]
+    references = [str(text) for text in question.first["references"]]
     more = references[NUM_REFERENCES:]
     unfolding = element("details", element("summary", f"{len(more)} more"), *map(_reference, more)) if more else None
-    images = [_image(str(path), question.source) for path in question.first.get("images", ())]
+    images = [_image(str(path), question.source) for path in question.first["images"]]
     return element(
         "article",
         element("div", *images, class_="images") if images else None,

@@ -94,8 +94,13 @@ def _read_samples(directory: Path, steps: set[int]) -> dict[int, tuple[Row, ...]
     for path in sorted(directory.glob("step-*.jsonl")):
         number = path.stem.removeprefix("step-")
         if number.isdigit() and int(number) in steps:
-            found[int(number)] = tuple(row for row in _objects(path) if isinstance(row.get("prediction"), str))
+            found[int(number)] = tuple(row for row in _objects(path) if _is_sample(row))
     return found
+
+
+def _is_sample(row: Row) -> bool:
+    kinds = {"prediction": str, "references": list, "images": list}
+    return all(isinstance(row.get(name), kind) for name, kind in kinds.items())
 
 
 def _image_root(settings: dict[str, Any]) -> Path | None:
