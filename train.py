@@ -19,19 +19,21 @@ from vl_dist.data.plan import Plan
 from vl_dist.data.validate import BAD_ROWS, write_bad_rows
 from vl_dist.errors import UserError
 from vl_dist.evaluate.held_out import evaluate, write_samples
+from vl_dist.evaluate.scores import DocumentFrequency
 from vl_dist.model.flops import FlopCounter, read_shape
 from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run import directory
-from vl_dist.run.build import load_data, load_model
+from vl_dist.run.best import BestCheckpoint, choose_final
+from vl_dist.run.build import load_data, load_frequency, load_model
 from vl_dist.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks, launched_rank, seed_dropout
 from vl_dist.run.export import export_adapter
 from vl_dist.run.interrupt import StopRequest
 from vl_dist.run.late import LateFaults
-from vl_dist.run.metrics import Meter, Record, last_scores
+from vl_dist.run.metrics import Meter, Record
 from vl_dist.run.optim import clip_gradients, lr_factor, make_optimizer, set_lr
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
 from vl_dist.settings import Config
@@ -49,10 +51,12 @@ class Run:
     data: RunData
     plan: Plan
     late: LateFaults
+    frequency: DocumentFrequency | None  # for CIDEr-D, if not that of the held-out answers
     model: PackedModel  # the module itself, for evaluation and checkpoints
     wrapped: nn.Module  # what accelerate made of it, for training
     optimizer: torch.optim.Optimizer
     record: Record
+    best: BestCheckpoint
     flops: FlopCounter
     first_step: int  # steps done before
 
@@ -109,8 +113,11 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
             row = evaluate_now(run, done, row)
         if logged or evaluated:
             run.record.metrics(row)
-        if is_last or stopping or is_due(done, config.checkpoint.every_steps):
+        is_best = evaluated and ranks.any(run.best.improves(row))
+        if is_last or stopping or is_best or is_due(done, config.checkpoint.every_steps):
             save(run, done, share.step.epochs_done)
+        if is_best:
+            run.best.move(row)
         if stopping:
             return Outcome(STOPPED, f"stopped by {stop.reason or 'another rank'}; start again to go on", done)
     return Outcome(FINISHED, "finished", num_steps)
@@ -147,6 +154,7 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
         run.config.eval,
         tokenizer=run.processor.tokenizer,
         max_tokens=run.config.batch.max_tokens_per_pack,
+        frequency=run.frequency,
         on_progress=run.console.evaluation_progress(),
     )
     if run.ranks.is_main:
@@ -177,6 +185,7 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
     processor = load_processor(model_dir)
     with console.measuring() as on_progress:
         data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
+    frequency = load_frequency(config.eval, ranks)
     model = load_model(config, model_dir, ranks.device)
     optimizer = make_optimizer(model.lora_parameters.values(), config.optim)
     state = load_checkpoint(start.checkpoint, model, optimizer) if start.checkpoint is not None else None
@@ -208,10 +217,12 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         data=data,
         plan=plan,
         late=late,
+        frequency=frequency,
         model=model,
         wrapped=wrapped,
         optimizer=optimizer,
         record=record,
+        best=BestCheckpoint(config.run.output_dir, config.eval.best_metric, is_main=ranks.is_main),
         flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
         first_step=first_step,
     )
@@ -233,15 +244,8 @@ def run_once(config: Config, ending: Ending) -> Outcome:
     with console, stop.deferred():
         outcome = train(run, stop, ending)
         if outcome.code == FINISHED and ranks.is_main:
-            scores = last_scores(config.run.output_dir)
-            export_adapter(
-                run.model.peft_model,
-                run.processor,
-                config,
-                examples=run.data.train.examples,
-                step=outcome.step,
-                scores=scores,
-            )
+            final = choose_final(config.run.output_dir, config.run.final, last_step=outcome.step)
+            export_adapter(run.model.peft_model, run.processor, config, examples=run.data.train.examples, final=final)
     console.end(outcome.code == FINISHED, outcome.reason, config.run.output_dir)
     ranks.close()
     return outcome

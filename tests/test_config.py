@@ -63,6 +63,8 @@ def test_a_word_means_what_it_says(word: str, expected: object) -> None:
         ("lora.dropout=1.0", ["lora.dropout", "below 1"]),
         ("lora.target_modules=[]", ["lora.target_modules"]),
         ("data.resized_height=280", ["data.resized_width"]),
+        ("run.final=best", ["data.eval", "run.final=last"]),
+        ("eval.best_metric=ciderr", ["eval.best_metric", "cider | bleu1"]),
         ("data.eval=last:x", ["data.eval", "last:N"]),
         ("checkpoint.keep=1", ["checkpoint.keep", "2 or more"]),
     ],

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vl_dist.config import dump, keys, load, plain, split_words, value_at
-from vl_dist.data.sources.command import add_command
+from vl_dist.data.sources.command import add_command as add_prepare
 from vl_dist.errors import UserError
+from vl_dist.report.command import add_command as add_report
 
 
 def main(words: Sequence[str]) -> int:
@@ -55,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="as for train.py")
     show.add_argument("--key", help="print only the value of this key")
     show.set_defaults(run=_settings)
-    add_command(commands)
+    add_prepare(commands)
+    add_report(commands)
     return parser
 
 

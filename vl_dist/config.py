@@ -337,6 +337,8 @@ def _check_rules(config: Config) -> None:
         raise UserError(
             "data.overflow=shrink_images makes images smaller, but data.resized_height/resized_width fix their size."
         )
+    if config.run.final == "best" and data.eval is None:
+        raise UserError("run.final=best needs held-out records to tell which is best: set data.eval, or run.final=last.")
     if data.eval is not None and data.eval.startswith("last:"):
         held_out_count(data.eval)
 

@@ -131,7 +131,7 @@ class CheckpointConfig:
     """How often training is made safe."""
 
     every_steps: int = key(100, "steps between checkpoints; the last step always has one", "steps", trains=False)
-    keep: int | None = key(3, "checkpoints kept; null: all; latest is never removed", "checkpoints", trains=False)
+    keep: int | None = key(3, "checkpoints kept; null: all; latest and best are never removed", "checkpoints", trains=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +142,12 @@ class EvalConfig:
     batch_size: int = key(16, "images captioned together on one rank", "images", trains=False)
     max_new_tokens: int = key(64, "longest caption", "tokens", trains=False)
     num_shown: int = key(4, "held-out captions printed at each evaluation", "captions", trains=False)
+    best_metric: Literal["cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "exact_match", "loss"] = key(
+        "cider", "score that moves checkpoints/best; evaluations before the first step do not count", trains=False
+    )
+    cider_corpus: Path | None = key(
+        None, "record file whose answers say how rare words are, for CIDEr-D; null: the held-out answers", trains=False
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +168,7 @@ class RunConfig:
     seed: int = key(0, "seed of data order, LoRA weights and dropout")
     resume: str = key("auto", "auto: newest complete checkpoint; never: from step 0; or a directory", trains=False)
     allow_changes: bool = key(False, "go on with a run although settings that shape it changed", trains=False)
+    final: Literal["last", "best"] = key("last", "adapter/ is that of the last step, or of checkpoints/best", trains=False)
     cpu_threads: int | None = key(None, "threads of each rank on a CPU; null: its share of cores", "threads", trains=False)
 
 

@@ -73,7 +73,8 @@ def test_evaluation_counts_each_question_once_on_any_number_of_ranks(runs: dict[
     one, two = rows(runs, "metrics.jsonl")
     for here, there in ((one[0], two[0]), (one[-1], two[-1])):
         assert there["eval/loss"] == pytest.approx(here["eval/loss"], rel=1e-5)
-        assert there["eval/exact_match"] == here["eval/exact_match"]
+        for name in ("cider", "bleu1", "bleu4", "rouge_l", "exact_match"):
+            assert there[f"eval/{name}"] == here[f"eval/{name}"]
     assert rows(runs, "samples/step-000000.jsonl")[0] == rows(runs, "samples/step-000000.jsonl")[1]
     assert len(read_rows(runs[2] / "samples" / "step-000004.jsonl")) == 9
 

@@ -36,7 +36,9 @@ TRAIN_COLUMNS = {
     "perf/images_per_s", "perf/target_tokens_per_s", "perf/tokens_per_s", "perf/padding", "perf/data_wait_s",
     "perf/peak_memory_gib",
 }  # fmt: skip
-EVAL_COLUMNS = {"eval/loss", "eval/exact_match"}
+EVAL_COLUMNS = {
+    "eval/loss", "eval/exact_match", "eval/cider", "eval/bleu1", "eval/bleu2", "eval/bleu3", "eval/bleu4", "eval/rouge_l",
+}  # fmt: skip
 
 
 def words(home: Path, output_dir: str, *more: str) -> list[str]:
@@ -295,7 +297,9 @@ def test_the_ledger_has_every_example_once_an_epoch_in_steps_of_the_asked_size(f
 
 def test_the_newest_checkpoints_are_whole_and_load_with_peft(finished: Finished) -> None:
     checkpoints = finished.run / "checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"latest", "step-000036", "step-000042", "step-000045"}
+    wanted = {"latest", "best", "step-000036", "step-000042", "step-000045"}
+    assert {path.name for path in checkpoints.iterdir()} == wanted
+    assert (checkpoints / "best").resolve() == (checkpoints / "latest").resolve()  # the only one that was evaluated
     assert whole_checkpoint(finished.run) == NUM_STEPS
     names = {path.name for path in (checkpoints / "latest").iterdir()}
     wanted = {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json", "manifest.json"}
@@ -332,8 +336,9 @@ def test_the_samples_hold_image_references_prediction_and_score_of_every_held_ou
         assert {row["id"]: row["references"] for row in rows} == records
         assert all((finished.home / "data" / row["images"][0]).is_file() for row in rows)
         assert all(row["exact"] == (row["prediction"] in row["references"]) for row in rows)
-    scored = trained_rows(finished.run)[-1]["eval/exact_match"]
-    assert scored == sum(row["exact"] for row in read_rows(samples / f"step-{NUM_STEPS:06d}.jsonl")) / len(records)
+    last, rows = trained_rows(finished.run)[-1], read_rows(samples / f"step-{NUM_STEPS:06d}.jsonl")
+    assert last["eval/exact_match"] == sum(row["exact"] for row in rows) / len(records)
+    assert last["eval/cider"] == pytest.approx(sum(row["score"] for row in rows) / len(records))
 
 
 def test_the_same_command_again_says_that_the_run_is_finished_and_changes_nothing(finished: Finished) -> None:

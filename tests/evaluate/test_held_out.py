@@ -1,5 +1,6 @@
 """Evaluation: captions equal those of plain generation, each question once, all references counted."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,12 @@ from vl_dist.data.images import PatchShape
 from vl_dist.data.lengths import HeaderReader, measure
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.records import Example
+from vl_dist.errors import UserError
 from vl_dist.evaluate.decode import generate
-from vl_dist.evaluate.held_out import evaluate, group_questions
-from vl_dist.evaluate.scores import exact_match
+from vl_dist.evaluate.held_out import evaluate, group_questions, read_frequency
+from vl_dist.evaluate.scores import cider_d, tokenize
 from vl_dist.run.distributed import Ranks, evaluating
 from vl_dist.settings import EvalConfig
-
-
-def test_a_prediction_is_exact_if_it_equals_one_of_the_references() -> None:
-    assert exact_match(["a", "b", "c"], [["a", "x"], ["x", "b"], ["C"]]) == pytest.approx(2 / 3)
-    assert exact_match([], []) == 0.0
 
 
 def test_examples_of_one_image_and_prompt_are_one_question_with_all_references() -> None:
@@ -33,7 +30,24 @@ def test_examples_of_one_image_and_prompt_are_one_question_with_all_references()
         Example("r#1", cat.prompt, "A cat."),
     ]
     questions = group_questions([*examples, SEVEN[0]])
-    assert [(q.prompt.id, q.references) for q in questions] == [("r", ("A cat.", "Cat!")), ("rocket", (SEVEN[0].answer,))]
+    assert [(q.prompt.id, q.references) for q in questions] == [
+        ("r", ("A cat.", "Cat!", "A cat.")),  # said twice, counts twice
+        ("rocket", (SEVEN[0].answer,)),
+    ]
+
+
+def test_rarity_comes_from_the_questions_of_a_record_file(tmp_path: Path) -> None:
+    def line(name: str, image: str, answer: str) -> str:
+        user = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}
+        return json.dumps({"id": name, "messages": [user], "answers": [answer]}) + "\n"
+
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(line("1", "x.jpg", "A cat.") + line("2", "x.jpg", "The cat") + line("3", "y.jpg", "a dog"))
+    frequency = read_frequency(path)  # the images need not be there
+    assert frequency.num_documents == 2, "records of one image and prompt are one document"
+    assert dict(frequency.counts) == {"a": 2, "cat": 1, "the": 1, "dog": 1, "a cat": 1, "the cat": 1, "a dog": 1}
+    with pytest.raises(UserError, match=r"eval\.cider_corpus"):
+        read_frequency(tmp_path / "absent.jsonl")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -86,3 +100,9 @@ def test_an_evaluation_gives_the_mean_loss_and_a_sample_for_each_question(
     assert evaluation.scores["eval/loss"] == pytest.approx(expected, rel=1e-5)
     assert [sample.id for sample in evaluation.samples] == [example.id for example in SEVEN]
     assert done == [(0, 7), (4, 7), (7, 7)]
+    samples = evaluation.samples
+    each = cider_d([tokenize(s.prediction) for s in samples], [[tokenize(r) for r in s.references] for s in samples])
+    assert [sample.score for sample in samples] == each
+    assert evaluation.scores["eval/cider"] == pytest.approx(sum(each) / 7)
+    names = ["loss", "cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "exact_match"]
+    assert list(evaluation.scores) == [f"eval/{name}" for name in names]

@@ -97,13 +97,13 @@ def test_what_a_kill_leaves_behind_is_not_taken_for_a_checkpoint(
     model, optimizer = trained(tiny_model, collator)
     whole = save_checkpoint(tmp_path, model, optimizer, STATE, keep=None)
     later = TrainState(step=2, num_steps=9, epoch=1, data="d")
-    for point in ("save_adapter", "save_file", "_write_manifest", "_point"):
+    for point in ("save_adapter", "save_file", "_write_manifest", "point"):
         with monkeypatch.context() as patch:
             patch.setattr(f"vl_dist.run.checkpoint.{point}", killed)
             with pytest.raises(KeyboardInterrupt):
                 save_checkpoint(tmp_path, model, optimizer, later, keep=None)
         found, skipped = find_checkpoint(tmp_path)
-        expected = tmp_path / "step-000002" if point == "_point" else whole
+        expected = tmp_path / "step-000002" if point == "point" else whole
         assert (found, skipped) == (expected, [])
     assert save_checkpoint(tmp_path, model, optimizer, later, keep=None).name == "step-000002"
     assert {p.name for p in tmp_path.iterdir()} == {"step-000001", "step-000002", "latest"}

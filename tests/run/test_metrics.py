@@ -16,7 +16,7 @@ from vl_dist.data.loader import LoadedData
 from vl_dist.data.plan import make_plan
 from vl_dist.model.flops import FlopCounter, read_shape
 from vl_dist.run.distributed import Ranks
-from vl_dist.run.metrics import JsonLines, Meter, Record, last_scores
+from vl_dist.run.metrics import JsonLines, Meter, Record, read_metrics, scores_of
 
 
 def test_rows_beyond_the_checkpoint_are_cut_and_half_a_row_is_none(tmp_path: Path) -> None:
@@ -26,11 +26,12 @@ def test_rows_beyond_the_checkpoint_are_cut_and_half_a_row_is_none(tmp_path: Pat
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2, 3]
 
 
-def test_the_last_scores_are_those_of_the_last_evaluation(tmp_path: Path) -> None:
-    assert last_scores(tmp_path) == {}
+def test_the_scores_of_a_row_are_its_columns_of_an_evaluation(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
     rows = [{"step": 0, "eval/loss": 3.0}, {"step": 2, "eval/loss": 1.0, "train/loss": 2.0}, {"step": 3, "train/loss": 1.5}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert last_scores(tmp_path) == {"eval/loss": 1.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "tra')
+    assert read_metrics(tmp_path) == rows
+    assert [scores_of(row) for row in rows] == [{"eval/loss": 3.0}, {"eval/loss": 1.0}, {}]
 
 
 def test_a_row_is_the_mean_over_targets_since_the_row_before(collator: Collator, tiny_model: Path) -> None:

@@ -11,9 +11,11 @@ import torch
 from vl_dist.data.groups import group_examples
 from vl_dist.data.loader import LoadedData, load_steps
 from vl_dist.data.plan import plan_epoch
-from vl_dist.data.records import Example
+from vl_dist.data.record_files import read_records
+from vl_dist.data.records import Example, examples_of
+from vl_dist.errors import UserError
 from vl_dist.evaluate.decode import generate
-from vl_dist.evaluate.scores import exact_match
+from vl_dist.evaluate.scores import DocumentFrequency, document_frequency, score_captions, tokenize
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run.distributed import Ranks, evaluating
 from vl_dist.settings import EvalConfig
@@ -36,6 +38,7 @@ class Sample:
     references: tuple[str, ...]
     prediction: str
     exact: bool
+    score: float  # CIDEr-D, from 0 to 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +50,29 @@ class Evaluation:
 
 
 def group_questions(examples: Sequence[Example]) -> list[Question]:
-    """Examples of the same images and prompt as one question; its id is the first example's without `#k`."""
+    """Examples of the same images and prompt as one question; its id is the first example's without `#k`.
+
+    An answer that comes twice is a reference twice, as in the COCO caption tools: what most people say counts more.
+    """
     groups: dict[object, list[Example]] = {}
     for example in examples:
         groups.setdefault((example.file, example.max_pixels, example.prompt), []).append(example)
     return [
-        Question(replace(group[0], id=group[0].id.split("#")[0]), tuple(dict.fromkeys(example.answer for example in group)))
+        Question(replace(group[0], id=group[0].id.split("#")[0]), tuple(example.answer for example in group))
         for group in groups.values()
     ]
+
+
+def read_frequency(path: Path) -> DocumentFrequency:
+    """In how many questions of a record file each n-gram occurs among the answers; no image is read.
+
+    Raises:
+        UserError: no such file, or a row of it is no record.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no record file {path}. Set eval.cider_corpus to an existing file, or to null.")
+    questions = group_questions(examples_of(read_records(path, default_prompt="")))
+    return document_frequency([tokenize(text) for text in question.references] for question in questions)
 
 
 def evaluate(
@@ -65,6 +83,7 @@ def evaluate(
     *,
     tokenizer: Any,
     max_tokens: int,
+    frequency: DocumentFrequency | None = None,
     on_progress: Callable[[int, int], None],
 ) -> Evaluation:
     """Loss and captions over all held-out examples (all ranks).
@@ -72,6 +91,7 @@ def evaluate(
     Args:
         model: not the data-parallel wrapper, whose forward may synchronise.
         max_tokens: most tokens in a pack, for the loss.
+        frequency: for CIDEr-D, read on the main process only; None: that of the held-out answers.
         on_progress: called with questions answered by this rank, and this rank's number of questions.
     """
     questions = group_questions(data.examples)
@@ -83,11 +103,12 @@ def evaluate(
     numbered = [(ranks.rank + n * ranks.world_size, text) for n, text in answers]
     predictions = [text for _, text in sorted(ranks.gather(numbered))]
     references = [question.references for question in questions]
+    scores = ranks.on_main(lambda: score_captions(predictions, references, frequency))
     samples = tuple(
-        Sample(q.prompt.id, q.prompt.image_paths, q.references, text, text in q.references)
-        for q, text in zip(questions, predictions, strict=True)
+        Sample(q.prompt.id, q.prompt.image_paths, q.references, text, text in q.references, score)
+        for q, text, score in zip(questions, predictions, scores.each, strict=True)
     )
-    return Evaluation({"eval/loss": loss, "eval/exact_match": exact_match(predictions, references)}, samples)
+    return Evaluation({"eval/loss": loss} | scores.columns, samples)
 
 
 def write_samples(directory: Path, step: int, samples: Sequence[Sample]) -> None:

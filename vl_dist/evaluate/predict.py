@@ -17,7 +17,7 @@ from vl_dist.errors import UserError
 from vl_dist.evaluate.decode import generate
 from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_base, load_processor, patch_shape, resolve_dtype
-from vl_dist.run.directory import METADATA
+from vl_dist.run.files import METADATA
 from vl_dist.settings import ModelConfig
 
 

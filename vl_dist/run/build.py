@@ -11,11 +11,13 @@ from vl_dist.data.images import PatchShape
 from vl_dist.data.index import Indexer
 from vl_dist.data.validate import Progress, record_paths
 from vl_dist.errors import SharedError
+from vl_dist.evaluate.held_out import read_frequency
+from vl_dist.evaluate.scores import DocumentFrequency
 from vl_dist.model.attention import resolve_backend
 from vl_dist.model.load import attach_lora, load_base, resolve_dtype
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
-from vl_dist.settings import Config
+from vl_dist.settings import Config, EvalConfig
 
 SECONDS_TO_LET_MAIN_BEGIN = 2.0  # so that the process with a console is the one that shows how measuring goes
 
@@ -45,6 +47,19 @@ def load_data(config: Config, processor: Any, shape: PatchShape, ranks: Ranks, o
             "read. Put data.train and its images on a file system that all nodes share, and start again."
         )
     return found
+
+
+def load_frequency(settings: EvalConfig, ranks: Ranks) -> DocumentFrequency | None:
+    """How rare n-grams are in `eval.cider_corpus`, on the main process, which scores; None elsewhere and without one.
+
+    Raises:
+        UserError: the file is not there, or not a record file (all ranks).
+    """
+    found: list[DocumentFrequency] = []
+    path = settings.cider_corpus
+    if path is not None:
+        ranks.on_main(lambda: found.append(read_frequency(path)))
+    return found[0] if found else None
 
 
 def load_model(config: Config, directory: Path, device: torch.device) -> PackedModel:

@@ -26,6 +26,7 @@ from vl_dist.model.packed import PackedModel
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -67,7 +68,7 @@ def save_checkpoint(
     _write_manifest(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    _point(root / "latest", final.name)
+    point(root / "latest", final.name)
     _prune(root, keep)
     return final
 
@@ -96,7 +97,7 @@ def damage(checkpoint: Path) -> str | None:
         files: dict[str, dict[str, Any]] = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
-    for needed in ("adapter_model.safetensors", "adapter_config.json", OPTIMIZER, STATE):
+    for needed in (*ADAPTER_FILES, OPTIMIZER, STATE):
         if needed not in files:
             return f"{needed} is not in {MANIFEST}"
     for name, expected in files.items():
@@ -168,7 +169,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _point(link: Path, target: str) -> None:
+def point(link: Path, target: str) -> None:
     """Moves a symbolic link in one step."""
     temporary = link.with_name(f".{link.name}")
     temporary.unlink(missing_ok=True)

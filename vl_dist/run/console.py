@@ -17,8 +17,10 @@ from vl_dist.evaluate.held_out import Evaluation, group_questions
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.directory import Start, describe_changes
 from vl_dist.run.distributed import Ranks
-from vl_dist.run.metrics import last_scores
+from vl_dist.run.export import exported_scores
 from vl_dist.settings import Config
+
+LEFT_OUT = ("bleu1", "bleu2", "bleu3")
 
 
 class RunConsole:
@@ -70,7 +72,7 @@ class RunConsole:
         for skipped in start.skipped:
             self.say(f"Checkpoint {skipped.path.name} is not used: {skipped.reason}.")
         if start.finished:
-            scores = "  ".join(f"{name} {value:.4f}" for name, value in last_scores(output_dir).items())
+            scores = _in_a_line(exported_scores(output_dir))
             self.say(f"The run in {output_dir} is finished. {scores}\nIts adapter: {output_dir / 'adapter'}")
             self.say("To train anew, give another run.output_dir, or set run.resume=never to replace it.")
         elif start.checkpoint is not None:
@@ -120,7 +122,9 @@ class RunConsole:
         if not finished:
             self.say(f"Not finished: {reason}.")
             return
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in last_scores(output_dir).items())
+        if self._console.quiet:
+            return  # the adapter is the main process's, and may not be there yet
+        scores = _in_a_line(exported_scores(output_dir))
         adapter = output_dir / "adapter"
         self.panel(
             "finished",
@@ -155,7 +159,13 @@ class RunConsole:
 
     def evaluation(self, title: str, evaluation: Evaluation) -> None:
         """Scores and some captions."""
-        scores = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in evaluation.scores.items())
+        scores = _in_a_line(evaluation.scores)
         self.say(f"{title}: {scores}")
         for sample in evaluation.samples[: self._num_shown]:
             self.say(f"  {'=' if sample.exact else 'x'} {sample.prediction!r}\n    of {sample.references[0]!r}")
+
+
+def _in_a_line(scores: dict[str, float]) -> str:
+    """Scores as a person reads them; those of BLEU's lower orders are in metrics.jsonl."""
+    names = {column: column.removeprefix("eval/") for column in scores}
+    return "  ".join(f"{names[column]} {value:.4f}" for column, value in scores.items() if names[column] not in LEFT_OUT)

@@ -8,14 +8,9 @@ from pathlib import Path
 from vl_dist.config import Change, changes, dump, load
 from vl_dist.errors import UserError
 from vl_dist.run.checkpoint import Skipped, damage, find_checkpoint
+from vl_dist.run.files import CONFIG, LEDGER, METADATA, METRICS, OUTCOME
 from vl_dist.run.interrupt import STOP_FILE
 from vl_dist.settings import Config
-
-CONFIG = "config.yaml"
-OUTCOME = "outcome.json"
-METRICS = "metrics.jsonl"
-LEDGER = "ledger.jsonl"
-METADATA = "training_metadata.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +49,7 @@ def inspect(config: Config) -> Start:
     finished = (directory / "adapter" / METADATA).is_file()
     if config.run.resume == "never":
         return Start(changed=changed)
-    if finished and not trains:
+    if finished and not trains and not any(change.path == "run.final" for change in changed):
         return Start(finished=True, changed=changed)
     if config.run.resume != "auto":
         return Start(checkpoint=_asked_checkpoint(config), changed=changed)

@@ -13,8 +13,9 @@ from peft import PeftModel
 from vl_dist.data.encode import template_hash
 from vl_dist.data.records import Example, messages_to_json, usual_prompt
 from vl_dist.data.validate import pixel_budget
-from vl_dist.run.checkpoint import save_adapter
-from vl_dist.run.directory import METADATA
+from vl_dist.run.best import Final
+from vl_dist.run.checkpoint import ADAPTER_FILES, save_adapter
+from vl_dist.run.files import METADATA
 from vl_dist.settings import Config
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
@@ -26,22 +27,24 @@ def export_adapter(
     config: Config,
     *,
     examples: Sequence[Example],
-    step: int,
-    scores: dict[str, float],
+    final: Final,
 ) -> Path:
     """Writes `output_dir/adapter` whole or not at all. Main process only.
 
     Args:
         processor: its files go beside the weights, so that inference needs no other.
         examples: what was trained on; their usual prompt is the one `predict` asks.
-        step: optimizer steps done.
-        scores: of the last evaluation.
+        final: the step whose weights these are, and their scores.
     """
-    final = config.run.output_dir / "adapter"
-    temporary = final.with_name(".writing-adapter")
+    directory = config.run.output_dir / "adapter"
+    temporary = directory.with_name(".writing-adapter")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_adapter(model, temporary)
+    if final.checkpoint is None:
+        save_adapter(model, temporary)
+    else:
+        for name in ADAPTER_FILES:
+            shutil.copy(final.checkpoint / name, temporary / name)
     processor.save_pretrained(temporary)
     metadata = {
         "format": 1,
@@ -52,15 +55,23 @@ def export_adapter(
         "end_token": config.data.end_token,
         "template_hash": template_hash(processor),
         "max_new_tokens": config.eval.max_new_tokens,
-        "step": step,
-        "scores": scores,
+        "step": final.step,
+        "scores": final.scores,
         "versions": {name: _version(name) for name in LIBRARIES},
     }
     (temporary / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
-    (temporary / "README.md").write_text(model_card(config, step=step, num_examples=len(examples), scores=scores))
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    return final
+    (temporary / "README.md").write_text(
+        model_card(config, step=final.step, num_examples=len(examples), scores=final.scores)
+    )
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+    return directory
+
+
+def exported_scores(output_dir: Path) -> dict[str, float]:
+    """The scores of a finished run's adapter, by their columns of metrics.jsonl."""
+    scores: dict[str, float] = json.loads((output_dir / "adapter" / METADATA).read_text())["scores"]
+    return scores
 
 
 def model_card(config: Config, *, step: int, num_examples: int, scores: dict[str, float]) -> str:

@@ -19,8 +19,8 @@ from vl_dist.data.plan import Plan, Step
 from vl_dist.data.record_files import BadRow
 from vl_dist.data.validate import BAD_ROWS
 from vl_dist.model.flops import FlopCounter
-from vl_dist.run.directory import LEDGER, METRICS
 from vl_dist.run.distributed import Ranks
+from vl_dist.run.files import LEDGER, METRICS
 
 
 class JsonLines:
@@ -126,11 +126,14 @@ class Record:
         return {"examples": len(names), "as_planned": as_planned, "missing": missing, "repeated": repeated}
 
 
-def last_scores(directory: Path) -> dict[str, float]:
-    """The columns `eval/...` of the last evaluation in metrics.jsonl; empty if there was none."""
-    rows = [json.loads(line) for line in _complete_lines(directory / METRICS)]
-    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    return {name: value for name, value in evaluated[-1].items() if name.startswith("eval/")} if evaluated else {}
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """All complete rows of a run's metrics.jsonl; none if there is no such file."""
+    return [json.loads(line) for line in _complete_lines(directory / METRICS)]
+
+
+def scores_of(row: dict[str, Any]) -> dict[str, float]:
+    """The columns `eval/...` of a row of metrics.jsonl."""
+    return {name: value for name, value in row.items() if name.startswith("eval/")}
 
 
 class Meter:

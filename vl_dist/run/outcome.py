@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 
 from vl_dist.errors import SharedError, UserError
-from vl_dist.run.directory import OUTCOME, obstacle
+from vl_dist.run.directory import obstacle
+from vl_dist.run.files import OUTCOME
 
 FINISHED, BUG, WRONG_INPUT, STOPPED = 0, 1, 2, 85
 
