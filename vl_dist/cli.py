@@ -9,6 +9,7 @@ from pathlib import Path
 from vl_dist.config import dump, keys, load, plain, split_words, value_at
 from vl_dist.data.sources.command import add_command as add_prepare
 from vl_dist.errors import UserError
+from vl_dist.forecast.command import add_command as add_plan
 from vl_dist.report.command import add_command as add_report
 
 
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--key", help="print only the value of this key")
     show.set_defaults(run=_settings)
     add_prepare(commands)
+    add_plan(commands)
     add_report(commands)
     return parser
 

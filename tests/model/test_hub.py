@@ -28,9 +28,10 @@ import sys
 from vl_dist.errors import UserError
 from vl_dist.model.hub import find_model
 from vl_dist.settings import ModelConfig
-name, hub, revision = sys.argv[1:]
+name, hub, revision, weights = sys.argv[1:]
 try:
-    sys.stdout.write(f"\\nfound {find_model(ModelConfig(path=name, hub=hub, revision=revision or None))}")
+    model = ModelConfig(path=name, hub=hub, revision=revision or None)
+    sys.stdout.write(f"\\nfound {find_model(model, weights=weights == 'True')}")
 except UserError as error:
     sys.stdout.write(f"\\nrefused {error}")
 """
@@ -43,7 +44,7 @@ class Client:
     hub: str
     home: Path
 
-    def fetch(self, endpoint: str, name: str = "org/model", revision: str = "") -> str:
+    def fetch(self, endpoint: str, name: str = "org/model", revision: str = "", *, weights: bool = True) -> str:
         """`found DIRECTORY` or `refused MESSAGE`."""
         environment = os.environ | {
             "HOME": str(self.home),
@@ -58,7 +59,7 @@ class Client:
             "NO_PROXY": "127.0.0.1",
         }
         done = subprocess.run(
-            [sys.executable, "-c", FETCH, name, self.hub, revision],
+            [sys.executable, "-c", FETCH, name, self.hub, revision, str(weights)],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -95,6 +96,14 @@ def test_a_model_is_fetched_once_byte_for_byte_and_then_taken_from_this_disk(cli
     assert sorted(name for name, _ in hub.sent) == sorted(FILES)
     assert_is_the_model(found(client.fetch(hub.endpoint)))
     assert len(hub.sent) == len(FILES)
+
+
+def test_a_forecast_fetches_no_weights_and_training_then_fetches_only_them(client: Client, hub: Hub) -> None:
+    directory = found(client.fetch(hub.endpoint, weights=False))
+    assert (directory / "config.json").read_bytes() == FILES["config.json"]
+    assert sorted(name for name, _ in hub.sent) == ["config.json", "sub/notes.txt"]
+    assert_is_the_model(found(client.fetch(hub.endpoint)))
+    assert sorted(name for name, _ in hub.sent) == sorted(FILES)
 
 
 def test_a_connection_that_is_cut_is_taken_up_where_it_stopped(client: Client, hub: Hub) -> None:

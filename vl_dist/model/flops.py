@@ -32,6 +32,7 @@ class ModelShape:
     tower_mlp: int
     patch_values: int  # numbers in one patch
     merged_patches: int  # patches that become one language-model token
+    tied_embeddings: bool  # the head is the embedding
 
     @property
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
@@ -68,6 +69,7 @@ def read_shape(directory: Path) -> ModelShape:
         * vision.get("temporal_patch_size", 2)
         * vision.get("patch_size", 14) ** 2,
         merged_patches=vision.get("spatial_merge_size", 2) ** 2,
+        tied_embeddings=text.get("tie_word_embeddings", found.get("tie_word_embeddings", False)),
     )
 
 

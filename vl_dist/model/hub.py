@@ -12,16 +12,22 @@ from vl_dist.settings import ModelConfig
 LONGEST_REASON = 400  # characters of a client's own message; some quote whole pages
 
 
-def find_model(model: ModelConfig) -> Path:
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+
+
+def find_model(model: ModelConfig, *, weights: bool = True) -> Path:
     """The directory with the model's files, fetched from the hub if that is where it comes from.
+
+    Args:
+        weights: false: the other files are enough, and fetched in seconds.
 
     Raises:
         UserError: no such directory, or the hub did not give the files.
     """
     if model.hub == "huggingface":
-        return _with_config(_from_huggingface(model), model)
+        return _with_config(_from_huggingface(model, weights), model)
     if model.hub == "modelscope":
-        return _with_config(_from_modelscope(model), model)
+        return _with_config(_from_modelscope(model, weights), model)
     directory = Path(model.path)
     if not (directory / "config.json").is_file():
         raise UserError(
@@ -40,25 +46,27 @@ def _with_config(directory: Path, model: ModelConfig) -> Path:
     return directory
 
 
-def _from_huggingface(model: ModelConfig) -> Path:
+def _from_huggingface(model: ModelConfig, weights: bool) -> Path:
     import httpx  # here, not above: where the model is local, its client need not be installed
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(model.path, revision=model.revision))
+        left_out = None if weights else list(WEIGHTS)
+        return Path(snapshot_download(model.path, revision=model.revision, ignore_patterns=left_out))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _not_there(model, error) from None
     except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:  # RuntimeError: its transfer extension
         raise _not_fetched(model, error) from None
 
 
-def _from_modelscope(model: ModelConfig) -> Path:
+def _from_modelscope(model: ModelConfig, weights: bool) -> Path:
     from modelscope import snapshot_download
     from modelscope_hub.errors import AuthenticationError, HubError, NotExistError, PermissionDeniedError
 
     try:
-        return Path(snapshot_download(model.path, revision=model.revision))
+        left_out = None if weights else list(WEIGHTS)
+        return Path(snapshot_download(model.path, revision=model.revision, ignore_patterns=left_out))
     except (OSError, ValueError, HubError) as error:
         # The client wraps what the hub answered into its transport library's error.
         if isinstance(error.__cause__ or error, (NotExistError, AuthenticationError, PermissionDeniedError)):

@@ -1,0 +1,91 @@
+"""All that can be said of a run from its settings, its records and the model's small files."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vl_dist.data.assemble import RunData, assemble
+from vl_dist.data.encode import Encoder
+from vl_dist.data.examples import Examples
+from vl_dist.data.index import Indexer
+from vl_dist.data.plan import Plan
+from vl_dist.data.validate import Progress, record_paths
+from vl_dist.forecast.memory import FLOAT32, ZERO_STAGES, RankMemory, Training, lora_parameters, predict_memory
+from vl_dist.forecast.steps import StepFigures, measure_steps
+from vl_dist.model.flops import FlopCounter, ModelShape, read_shape
+from vl_dist.model.hub import find_model
+from vl_dist.model.load import load_processor, patch_shape
+from vl_dist.settings import Config
+from vl_dist.shapes import make_shapes
+
+BASE_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}  # of a frozen weight; `auto` as on CUDA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """A run before it is started."""
+
+    config: Config
+    world_size: int
+    data: RunData
+    plan: Plan
+    figures: StepFigures
+    memory: dict[int, RankMemory]  # by ZeRO stage; 0: plain data parallel
+    checkpoint_bytes: int  # of one checkpoint
+    feature_bytes: int  # of all image features, once for each distinct prompt about the same images
+
+
+def make_forecast(config: Config, *, world_size: int, on_progress: Progress) -> Forecast:
+    """Reads and measures the records as training does, and predicts the rest.
+
+    Args:
+        world_size: processes, one for each GPU.
+        on_progress: called while records are measured.
+
+    Raises:
+        UserError: as training would, but for what only the weights can show.
+    """
+    if config.shapes is not None:
+        make_shapes(config.shapes)
+    model_dir = find_model(config.model, weights=False)
+    processor = load_processor(model_dir)
+    shape = patch_shape(model_dir, processor)
+    encoder = Encoder(processor, merge_size=shape.merge_size, end_token=config.data.end_token)
+    indexer = Indexer(processor, encoder, shape, config.data)
+    files = [indexer.open(path, on_progress=on_progress) for path in record_paths(config.data)]
+    data = assemble(config, files, encoder, processor.image_processor, shape)
+    plan, model = data.plan(config), read_shape(model_dir)
+    figures = measure_steps(
+        plan,
+        data.train.lengths,
+        FlopCounter(model, config.lora.r, config.lora.target_modules),
+        world_size=world_size,
+        max_tokens=config.batch.max_tokens_per_pack,
+        num_pack_lengths=config.batch.pack_lengths,
+    )
+    training = Training(
+        rank=config.lora.r,
+        targets=config.lora.target_modules,
+        has_dropout=config.lora.dropout > 0,
+        base_bytes=BASE_BYTES[config.model.dtype],
+    )
+    return Forecast(
+        config=config,
+        world_size=world_size,
+        data=data,
+        plan=plan,
+        figures=figures,
+        memory={
+            stage: predict_memory(model, training, figures.largest, world_size=world_size, zero_stage=stage)
+            for stage in ZERO_STAGES
+        },
+        checkpoint_bytes=3 * FLOAT32 * lora_parameters(model, training.rank, training.targets),
+        feature_bytes=_distinct_image_tokens(data, model) * model.hidden * training.base_bytes,
+    )
+
+
+def _distinct_image_tokens(data: RunData, model: ModelShape) -> int:
+    examples = data.train.examples
+    assert isinstance(examples, Examples)
+    _, first = np.unique(examples.trunks(), return_index=True)
+    return int(data.train.lengths.patches[first].sum()) // model.merged_patches

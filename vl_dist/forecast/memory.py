@@ -1,0 +1,119 @@
+"""Memory of one rank, predicted from the model's shape: what lies there all the time, and what one pack adds.
+
+The activations are those that autograd keeps in this project's forward of Qwen2-VL with PEFT's LoRA, layer by layer; a test
+counts them on a small model. Not predicted are CUDA's own context, the allocator's waste and communication buffers.
+"""
+
+from dataclasses import dataclass
+
+from vl_dist.model.flops import ModelShape
+
+GIB = 2**30
+FLOAT32 = 4  # bytes; LoRA, its gradient and AdamW's moments always have it
+ZERO_STAGES = (0, 1, 2, 3)  # 0: plain data parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What decides on memory beside the model's shape."""
+
+    rank: int  # of LoRA
+    targets: tuple[str, ...]
+    has_dropout: bool
+    base_bytes: int  # of one frozen weight: 2 for bfloat16, 4 for float32
+    mask_bytes: int = 1  # of one dropout mask's entry: 1 on CUDA, 4 on a CPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackSize:
+    """The pack that needs the most."""
+
+    tokens: int
+    targets: int
+    patches: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes on one rank."""
+
+    weights: float
+    lora: float  # with gradients and moments
+    activations: float  # kept for the backward
+    working: float  # beside them at the worst moment: logits, the widest gradients, the tower
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.lora + self.activations + self.working
+
+
+def lora_parameters(shape: ModelShape, rank: int, targets: tuple[str, ...]) -> int:
+    """Values of the adapter in the language model."""
+    sizes = shape.linear_sizes
+    return shape.layers * sum(rank * sum(sizes[name]) for name in targets if name in sizes)
+
+
+def frozen_parameters(shape: ModelShape) -> int:
+    """Values of the base model."""
+    layer = sum(inputs * outputs for inputs, outputs in shape.linear_sizes.values())
+    layer += (shape.heads + 2 * shape.key_value_heads) * shape.head_dim + 2 * shape.hidden  # biases and norms
+    embedding = shape.vocabulary * shape.hidden * (1 if shape.tied_embeddings else 2)
+    width, mlp = shape.tower_width, shape.tower_mlp
+    block = 4 * width * width + 2 * width * mlp + 4 * width + width + mlp + 4 * width
+    wide = width * shape.merged_patches
+    merger = wide * wide + wide + wide * shape.hidden + shape.hidden + 2 * width
+    tower = shape.patch_values * width + shape.tower_depth * block + merger
+    return shape.layers * layer + shape.hidden + embedding + tower
+
+
+def kept_activations(shape: ModelShape, training: Training, num_tokens: int) -> float:
+    """Bytes that the decoder layers keep for the backward of one pack, without the mask.
+
+    A layer keeps, for each token: the two norms' inputs in float32; queries, keys and values of all heads and attention's
+    output; the gate, its activation and the up projection; what each LoRA reads, in float32 (with dropout also the mask),
+    and what its A gives.
+    """
+    h, a, m = shape.hidden, shape.heads * shape.head_dim, shape.mlp
+    base = training.base_bytes
+    targets = [name for name in shape.linear_sizes if name in training.targets]
+    inputs = {"o_proj": a, "down_proj": m}
+    read = {name: inputs.get(name, h) for name in targets}
+    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 4 * a * base + shape.heads * FLOAT32 + 3 * m * base
+    token += len(targets) * training.rank * FLOAT32
+    if training.has_dropout:
+        token += sum(read.values()) * (FLOAT32 + training.mask_bytes)
+    elif base == FLOAT32:  # read as they are: one tensor for q, k and v, one for gate and up, and o's is kept already
+        shared = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
+        token += sum(h * base for names in shared if names & set(targets)) + (m * base if "down_proj" in targets else 0)
+    else:
+        token += sum(read.values()) * FLOAT32
+    return float(shape.layers * num_tokens * token)
+
+
+def predict_memory(
+    shape: ModelShape, training: Training, pack: PackSize, *, world_size: int, zero_stage: int
+) -> RankMemory:
+    """Memory of one rank while it trains the largest pack.
+
+    Args:
+        world_size: ranks that ZeRO spreads over.
+        zero_stage: 1 spreads the moments, 2 also the gradients, 3 also all weights.
+    """
+    assert zero_stage in ZERO_STAGES, f"ZeRO has no stage {zero_stage}"
+    lora = lora_parameters(shape, training.rank, training.targets) * FLOAT32
+    weights = frozen_parameters(shape) * float(training.base_bytes)
+    share = [1 / world_size if zero_stage >= stage else 1.0 for stage in (3, 2, 1)]
+    if zero_stage == 3:  # beside its share, the largest weight and a layer are whole while they are used
+        layer = sum(inputs * outputs for inputs, outputs in shape.linear_sizes.values()) * training.base_bytes
+        weights = weights / world_size + shape.vocabulary * shape.hidden * training.base_bytes + layer
+    mask = pack.tokens**2 * training.base_bytes * shape.layers  # each layer keeps it in the precision of its scores
+    logits = pack.targets * shape.vocabulary * (training.base_bytes + 3 * FLOAT32)
+    widest = 4 * pack.tokens * shape.mlp * FLOAT32
+    tower = pack.patches * (shape.tower_width * 6 + shape.tower_mlp * 2) * training.base_bytes
+    return RankMemory(
+        weights=weights,
+        lora=lora * (share[0] + share[1] + 2 * share[2]),
+        activations=kept_activations(shape, training, pack.tokens) + mask,
+        working=max(logits + widest, tower) + pack.patches * shape.patch_values * FLOAT32,
+    )

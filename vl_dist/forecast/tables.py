@@ -1,0 +1,91 @@
+"""A forecast as tables for a terminal."""
+
+from collections.abc import Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from vl_dist.forecast.forecast import Forecast
+from vl_dist.forecast.memory import GIB
+from vl_dist.forecast.steps import histogram
+
+NUM_BINS, BAR_WIDTH = 16, 40
+NAMES = {0: "data parallel", 1: "ZeRO 1", 2: "ZeRO 2", 3: "ZeRO 3"}
+
+
+def tables(found: Forecast) -> Iterator[Table | Text]:
+    """All tables, with what their numbers mean."""
+    yield _steps(found)
+    yield Text(
+        f"Means over {found.figures.num_measured:,} steps of the first epoch. A useful operation is one that the adapter's "
+        "gradient needs: padding and recomputation do not count.\n"
+    )
+    yield _lengths(found)
+    yield _memory(found)
+    largest = found.figures.largest
+    yield Text(
+        f"For the largest packs measured: {largest.tokens:,} tokens, {largest.targets:,} targets, {largest.patches:,} "
+        "patches. CUDA's own context, the allocator's waste and communication buffers come on top.\n"
+    )
+    yield _disk(found)
+    yield from (Text(f"Note: {note}.") for note in found.data.notes)
+
+
+def _steps(found: Forecast) -> Table:
+    config, figures, plan = found.config, found.figures, found.plan
+    epochs = " or ".join(f"{n:,}" for n in sorted(set(plan.steps_per_epoch)))
+    per_step, cap = figures.flops / 1e12, config.batch.max_tokens_per_pack
+    rows = {
+        "examples": f"{len(found.data.train.examples):,} in {len(found.data.groups):,} groups; "
+        f"{len(found.data.bad):,} rows left out",
+        "steps": f"{plan.num_steps:,} of {plan.examples_per_step} examples; {epochs} an epoch",
+        "tokens a step": f"{figures.tokens:,.0f}, of them {figures.targets:,.0f} targets; {figures.images:,.1f} images",
+        "packs": f"{figures.packs_per_rank:,.2f} a rank and step, {figures.fillers:,.2f} fillers a step",
+        "pack fill": f"{figures.fill:.1%} of {cap:,} tokens; padding {figures.padding:.2%}",
+        "rank skew": f"largest over mean cost {figures.skew:.3f}, worst step {figures.worst_skew:.3f}",
+        "useful operations": f"{per_step:,.4g} TFLOP a step, {per_step * plan.num_steps / 1e3:,.4g} PFLOP in all",
+    }
+    return _table(f"plan on {found.world_size} GPUs", rows)
+
+
+def _lengths(found: Forecast) -> Table:
+    bins = histogram(found.data.train.lengths.tokens, NUM_BINS)
+    most = max(count for _, _, count in bins)
+    rows = {
+        f"{low:,} to {high:,}" if low < high else f"{low:,}": f"{'█' * round(BAR_WIDTH * count / most)} {count:,}"
+        for low, high, count in bins
+    }
+    return _table("tokens of an example", rows)
+
+
+def _memory(found: Forecast) -> Table:
+    table = Table("GiB on one GPU", "weights", "LoRA, gradients, moments", "activations", "at the worst moment", "total")
+    for stage, memory in found.memory.items():
+        parts = (memory.weights, memory.lora, memory.activations, memory.working, memory.total)
+        table.add_row(NAMES[stage], *(f"{part / GIB:.3g}" for part in parts))
+    return table
+
+
+def _disk(found: Forecast) -> Table:
+    keep = found.config.checkpoint.keep
+    all_of_them = "all kept" if keep is None else f"{keep} kept, {_size(keep * found.checkpoint_bytes)}"
+    rows = {
+        "one checkpoint": f"{_size(found.checkpoint_bytes)}; {all_of_them}",
+        "image features, if they are cached": _size(found.feature_bytes),
+    }
+    return _table("disk", rows)
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title, "")
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"
