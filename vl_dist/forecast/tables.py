@@ -25,7 +25,8 @@ def tables(found: Forecast) -> Iterator[Table | Text]:
     largest = found.figures.largest
     yield Text(
         f"For the largest packs measured: {largest.tokens:,} tokens, {largest.targets:,} targets, {largest.patches:,} "
-        "patches. CUDA's own context, the allocator's waste and communication buffers come on top.\n"
+        "patches. The adapter is with its gradients and moments; working are logits and the widest gradients. CUDA's own "
+        "context, the allocator's waste and communication buffers come on top.\n"
     )
     yield _disk(found)
     yield from (Text(f"Note: {note}.") for note in found.data.notes)
@@ -59,7 +60,7 @@ def _lengths(found: Forecast) -> Table:
 
 
 def _memory(found: Forecast) -> Table:
-    table = Table("GiB on one GPU", "weights", "LoRA, gradients, moments", "activations", "at the worst moment", "total")
+    table = Table("GiB on one GPU", "weights", "adapter", "activations", "working", "total")
     for stage, memory in found.memory.items():
         parts = (memory.weights, memory.lora, memory.activations, memory.working, memory.total)
         table.add_row(NAMES[stage], *(f"{part / GIB:.3g}" for part in parts))
