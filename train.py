@@ -3,20 +3,21 @@
 Start it with `accelerate launch train.py [RECIPE.yaml] [section.key=value ...]`.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vl_dist.config import help_text, load, split_words
 from vl_dist.data.collate import Batch
 from vl_dist.data.loader import StepPacks, load_steps, timed
 from vl_dist.data.plan import cost, num_steps_per_epoch, plan_run, total_steps
 from vl_dist.data.validate import BAD_ROWS, write_bad_rows
-from vl_dist.errors import UserError
+from vl_dist.errors import SharedError, UserError
 from vl_dist.evaluate.held_out import evaluate, write_samples
 from vl_dist.model.flops import FlopCounter, read_shape
 from vl_dist.model.hub import find_model
@@ -24,13 +25,15 @@ from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run import directory
 from vl_dist.run.build import RunData, load_data, load_model
-from vl_dist.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from vl_dist.run.checkpoint import Restored, TrainState, load_checkpoint, try_save
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks, launched_rank, seed_dropout
+from vl_dist.run.engine import Engine, make_engine
 from vl_dist.run.export import export_adapter
 from vl_dist.run.interrupt import StopRequest
+from vl_dist.run.launched import Launch, read_launch
 from vl_dist.run.metrics import Meter, Record, last_scores
-from vl_dist.run.optim import clip_gradients, lr_factor, make_optimizer, set_lr
+from vl_dist.run.optim import lr_factor
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
 from vl_dist.settings import Config
 from vl_dist.shapes import make_shapes
@@ -46,8 +49,7 @@ class Run:
     processor: Any
     data: RunData
     model: PackedModel  # the module itself, for evaluation and checkpoints
-    wrapped: nn.Module  # what accelerate made of it, for training
-    optimizer: torch.optim.Optimizer
+    engine: Engine  # what steps it, on one rank or over many
     record: Record
     flops: FlopCounter
     first_step: int  # steps done before
@@ -61,18 +63,16 @@ def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Te
         loss_sum: scalar, this rank's loss summed over its targets.
         grad_norm: scalar, over all ranks, before clipping. Neither is read here.
     """
-    ranks = run.ranks
+    ranks, engine = run.ranks, run.engine
     own_targets = sum(pack.num_targets for pack in packs)
     targets = ranks.sum(torch.tensor(float(own_targets), device=ranks.device)).clamp(min=1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for n, pack in enumerate(packs):
-        with ranks.gradient_sync(run.wrapped, last=n == len(packs) - 1), out_of_memory_named(pack):
-            loss = run.wrapped(pack.to(ranks.device))  # summed over the pack's targets
-            ranks.accelerator.backward(loss * (ranks.loss_scale / targets))
+        with engine.gradient_sync(last=n == len(packs) - 1), out_of_memory_named(pack):
+            loss = engine(pack.to(ranks.device))  # summed over the pack's targets
+            engine.backward(loss * (ranks.loss_scale / targets))
         loss_sum += loss.detach()
-    grad_norm = clip_gradients(run.model.lora_parameters.values(), run.config.optim.max_grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    grad_norm = engine.clip_and_step()
     return loss_sum, grad_norm
 
 
@@ -85,7 +85,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     for share, waited_s in timed(ranks.together(remaining_steps(run))):
         done = share.step.number + 1
         lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
-        set_lr(run.optimizer, lr)
+        run.engine.set_lr(lr)
         seed_dropout(config.run.seed, share.step.number, ranks.rank)
         loss_sum, grad_norm = train_step(share.packs, run)
         ending.step = done
@@ -105,8 +105,10 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
             row = evaluate_now(run, done, row)
         if logged or evaluated:
             run.record.metrics(row)
-        if is_last or stopping or is_due(done, config.checkpoint.every_steps):
-            save(run, done)
+        saved = is_last or stopping or is_due(done, config.checkpoint.every_steps)
+        failure = save(run, done) if saved else None
+        if stopping and failure is not None:
+            raise SharedError(f"Stopped as asked, but step {done} has no checkpoint: {failure}. The last one still stands.")
         if stopping:
             return Outcome(STOPPED, f"stopped by {stop.reason or 'another rank'}; start again to go on", done)
     return Outcome(FINISHED, "finished", num_steps)
@@ -150,32 +152,53 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
     """The row with the scores of the held-out records, if there are any (all ranks)."""
     if run.data.held_out is None:
         return row
-    evaluation = evaluate(
-        run.model,
-        run.data.held_out,
-        run.ranks,
-        run.config.eval,
-        tokenizer=run.processor.tokenizer,
-        max_tokens=run.config.batch.max_tokens_per_pack,
-        on_progress=run.console.evaluation_progress(),
-    )
+    with run.engine.whole_model():
+        evaluation = evaluate(
+            run.model,
+            run.data.held_out,
+            run.ranks,
+            run.config.eval,
+            tokenizer=run.processor.tokenizer,
+            max_tokens=run.config.batch.max_tokens_per_pack,
+            on_progress=run.console.evaluation_progress(),
+        )
     if run.ranks.is_main:
         write_samples(run.config.run.output_dir / "samples", step, evaluation.samples)
     run.console.evaluation(f"held-out captions after step {step}", evaluation)
     return row | evaluation.scores
 
 
-def save(run: Run, step: int) -> None:
-    """A checkpoint of this step (all ranks; the main process writes, the others wait for it)."""
-    if run.ranks.is_main:
+def save(run: Run, step: int) -> str | None:
+    """A checkpoint of this step; None, or why the disk did not take it (all ranks; the main process writes)."""
+    trained = run.engine.trained()
+
+    def write() -> str | None:
+        assert trained is not None, "the main process has all weights"
         epoch = step / steps_per_epoch(run)
         state = TrainState(step=step, num_steps=run.num_steps, epoch=epoch, data=run.data.train.fingerprint)
         root = run.config.run.output_dir / "checkpoints"
-        save_checkpoint(root, run.model, run.optimizer, state, keep=run.config.checkpoint.keep)
-    run.ranks.wait()
+        return try_save(root, run.model, trained, state, keep=run.config.checkpoint.keep)
+
+    failure = run.ranks.on_main(write)
+    if failure is not None:
+        run.console.say(f"Step {step} has no checkpoint: {failure}. Training goes on.")
+    return failure
 
 
-def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start) -> Run:
+def export(run: Run, step: int) -> None:
+    """The adapter for inference (all ranks; the main process writes)."""
+    trained = run.engine.trained()
+
+    def write() -> None:
+        assert trained is not None, "the main process has all weights"
+        peft_model, examples = run.model.peft_model, run.data.train.examples
+        scores = last_scores(run.config.run.output_dir)
+        export_adapter(peft_model, trained.weights, run.processor, run.config, examples=examples, step=step, scores=scores)
+
+    run.ranks.on_main(write)
+
+
+def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start, launch: Launch) -> Run:
     """Data, model and optimizer, from the cheapest check to the dearest; the output directory last (all ranks).
 
     Raises:
@@ -188,18 +211,19 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
     processor = load_processor(model_dir)
     data = load_data(config, processor, patch_shape(model_dir, processor), ranks)
     model = load_model(config, model_dir, ranks.device)
-    optimizer = make_optimizer(model.lora_parameters.values(), config.optim)
-    state = load_checkpoint(start.checkpoint, model, optimizer) if start.checkpoint is not None else None
-    if state is not None and state.data != data.train.fingerprint and not config.run.allow_changes:
+    restored = restore(start.checkpoint, model, ranks) if start.checkpoint is not None else None
+    if restored is not None and restored.state.data != data.train.fingerprint and not config.run.allow_changes:
         raise UserError(
             f"The training examples are others than those of {start.checkpoint}: records or images changed since. Restore "
             "them, give another run.output_dir, or set run.allow_changes=true to go on with the new ones."
         )
-    wrapped = ranks.accelerator.prepare_model(model)
+    engine = make_engine(model, ranks, config.optim, launch)
+    if restored is not None:
+        engine.restore_moments(restored.moments, restored.state.step)
     num_steps = total_steps(
         len(data.train.examples), config.batch.examples_per_step, config.optim.num_epochs, config.optim.max_steps
     )
-    first_step = state.step if state is not None else 0
+    first_step = restored.state.step if restored is not None else 0
     if ranks.is_main:
         directory.begin(config, start)
         write_bad_rows(config.run.output_dir / BAD_ROWS, data.bad)
@@ -213,8 +237,7 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         processor=processor,
         data=data,
         model=model,
-        wrapped=wrapped,
-        optimizer=optimizer,
+        engine=engine,
         record=record,
         flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
         first_step=first_step,
@@ -222,9 +245,31 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
     )
 
 
+def restore(checkpoint: Path, model: PackedModel, ranks: Ranks) -> Restored:
+    """The checkpoint that rank 0 chose, into the model of every rank (all ranks).
+
+    Raises:
+        UserError: a rank cannot read it; all raise the same.
+    """
+
+    def read() -> Restored:
+        try:
+            return load_checkpoint(checkpoint, model)
+        except UserError as error:
+            if ranks.is_main:
+                raise
+            raise UserError(
+                f"Rank {ranks.rank} cannot read the checkpoint {checkpoint} that rank 0 goes on from: {error} "
+                "All ranks read it: run.output_dir must be on a disk that all machines share."
+            ) from None
+
+    return ranks.each(read)
+
+
 def run_once(config: Config, ending: Ending) -> Outcome:
     """One run from its settings to its adapter (all ranks)."""
-    ranks = Ranks.start(cpu_threads=config.run.cpu_threads)
+    launch = read_launch(config, os.environ)
+    ranks = Ranks.start(launch, cpu_threads=config.run.cpu_threads)
     stop = StopRequest(config.run.output_dir, watch_file=ranks.is_main)
     stop.listen()
     console = RunConsole(is_main=ranks.is_main, num_shown=config.eval.num_shown)
@@ -232,21 +277,15 @@ def run_once(config: Config, ending: Ending) -> Outcome:
     console.start(start, config.run.output_dir)
     if start.finished:
         return Outcome(FINISHED, "was finished before", 0)
-    run = prepare(config, ranks, console, start)
-    console.prepared(run.config, run.data, run.model, num_steps=run.num_steps, first_step=run.first_step, ranks=ranks)
+    run = prepare(config, ranks, console, start, launch)
+    console.prepared(
+        run.config, run.data, run.model, launch, num_steps=run.num_steps, first_step=run.first_step, ranks=ranks
+    )
     ending.step, ending.training = run.first_step, True
     with console, stop.deferred():
         outcome = train(run, stop, ending)
-        if outcome.code == FINISHED and ranks.is_main:
-            scores = last_scores(config.run.output_dir)
-            export_adapter(
-                run.model.peft_model,
-                run.processor,
-                config,
-                examples=run.data.train.examples,
-                step=outcome.step,
-                scores=scores,
-            )
+        if outcome.code == FINISHED:
+            export(run, outcome.step)
     console.end(outcome.code == FINISHED, outcome.reason, config.run.output_dir)
     ranks.close()
     return outcome

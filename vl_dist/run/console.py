@@ -16,6 +16,8 @@ from vl_dist.model.packed import PackedModel
 from vl_dist.run.build import RunData
 from vl_dist.run.directory import Start, describe_changes
 from vl_dist.run.distributed import Ranks
+from vl_dist.run.engine import num_values
+from vl_dist.run.launched import Launch
 from vl_dist.run.metrics import last_scores
 from vl_dist.settings import Config
 
@@ -76,11 +78,19 @@ class RunConsole:
             self.say(f"Going on from {start.checkpoint}.")
 
     def prepared(
-        self, config: Config, data: RunData, model: PackedModel, *, num_steps: int, first_step: int, ranks: Ranks
+        self,
+        config: Config,
+        data: RunData,
+        model: PackedModel,
+        launch: Launch,
+        *,
+        num_steps: int,
+        first_step: int,
+        ranks: Ranks,
     ) -> None:
         """What is about to be trained."""
-        lora = sum(p.numel() for p in model.lora_parameters.values())
-        total = sum(p.numel() for p in model.parameters())
+        lora = sum(num_values(p) for p in model.lora_parameters.values())
+        total = sum(num_values(p) for p in model.parameters())
         held_out = len(group_questions(data.held_out.examples)) if data.held_out is not None else 0
         rows = [
             ("model", f"{config.model.path}, {total - lora:,} frozen parameters in {model.base_dtype}"),
@@ -88,6 +98,7 @@ class RunConsole:
             ("data", f"{len(data.train.examples):,} examples to train on, {held_out:,} prompts held out"),
             ("plan", f"{num_steps:,} steps of {config.batch.examples_per_step} examples, from step {first_step}"),
             ("devices", f"{ranks.world_size} x {ranks.device.type}"),
+            ("engine", launch.describe(str(model.base_dtype).removeprefix("torch."))),
             ("output", str(config.run.output_dir)),
         ]
         if data.bad:

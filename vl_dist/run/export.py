@@ -8,11 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from vl_dist.data.encode import template_hash
 from vl_dist.data.records import Example, messages_to_json, usual_prompt
 from vl_dist.data.validate import pixel_budget
+from vl_dist.errors import UserError
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.run.directory import METADATA
 from vl_dist.settings import Config
@@ -22,6 +25,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 def export_adapter(
     model: PeftModel,
+    weights: dict[str, torch.Tensor],
     processor: Any,
     config: Config,
     *,
@@ -32,18 +36,38 @@ def export_adapter(
     """Writes `output_dir/adapter` whole or not at all. Main process only.
 
     Args:
+        weights: of the adapter, whole, by parameter name.
         processor: its files go beside the weights, so that inference needs no other.
         examples: what was trained on; their usual prompt is the one `predict` asks.
         step: optimizer steps done.
         scores: of the last evaluation.
+
+    Raises:
+        UserError: the disk does not take it.
     """
     final = config.run.output_dir / "adapter"
     temporary = final.with_name(".writing-adapter")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_adapter(model, temporary)
-    processor.save_pretrained(temporary)
-    metadata = {
+    try:
+        temporary.mkdir(parents=True)
+        save_adapter(model, temporary, weights)
+        processor.save_pretrained(temporary)
+        metadata = _metadata(processor, config, examples=examples, step=step, scores=scores)
+        (temporary / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+        card = model_card(config, step=step, num_examples=len(examples), scores=scores)
+        (temporary / "README.md").write_text(card)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"The adapter cannot be written to {final}: {error}. Make room, then start again.") from None
+    return final
+
+
+def _metadata(
+    processor: Any, config: Config, *, examples: Sequence[Example], step: int, scores: dict[str, float]
+) -> dict[str, Any]:
+    return {
         "format": 1,
         "base_model": {"path": config.model.path, "hub": config.model.hub, "revision": config.model.revision},
         "dtype": config.model.dtype,
@@ -56,11 +80,6 @@ def export_adapter(
         "scores": scores,
         "versions": {name: _version(name) for name in LIBRARIES},
     }
-    (temporary / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
-    (temporary / "README.md").write_text(model_card(config, step=step, num_examples=len(examples), scores=scores))
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    return final
 
 
 def model_card(config: Config, *, step: int, num_examples: int, scores: dict[str, float]) -> str:
