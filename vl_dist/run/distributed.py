@@ -39,6 +39,8 @@ class Ranks:
             UserError: it announced one, and this process is alone nevertheless.
         """
         on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu"
+        if on_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when accelerate imports deepspeed
         ranks = cls(
             Accelerator(cpu=on_cpu) if launch.deepspeed is None else _with_deepspeed(launch.deepspeed, on_cpu=on_cpu)
         )
@@ -151,7 +153,6 @@ def _with_deepspeed(settings: dict[str, Any], *, on_cpu: bool) -> Accelerator:
     # DeepSpeed calls collectives by names that torch has replaced, and would say so for every layer.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         import deepspeed
 
         # A collective that training never calls, and that the first start would spend a minute compiling.
