@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -99,14 +100,17 @@ def save_checkpoint(root: Path, model: PackedModel, trained: Trained, state: Tra
 
 
 def save_adapter(model: PeftModel, directory: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """The adapter as PEFT saves it, without the card PEFT would put beside it.
+    """The two files that PEFT saves an adapter as, without the card that it renders each time.
 
     Args:
         weights: whole, by parameter name; None: the model's own are whole.
     """
-    # False: "auto" may ask a hub whether the vocabulary was resized; LoRA here never trains embeddings.
-    model.save_pretrained(str(directory), save_embedding_layers=False, state_dict=weights)
-    (directory / "README.md").unlink(missing_ok=True)
+    state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = copy(model.peft_config[model.active_adapter])
+    settings.inference_mode = True
+    settings.save_pretrained(str(directory))
 
 
 def find_checkpoint(root: Path) -> tuple[Path | None, list[Skipped]]:
