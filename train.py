@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,12 @@ from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run import directory
 from vl_dist.run.build import RunData, load_data, load_model
-from vl_dist.run.checkpoint import Restored, TrainState, load_checkpoint, try_save
+from vl_dist.run.checkpoint import TrainState, restore, try_save
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks, launched_rank, seed_dropout
 from vl_dist.run.engine import Engine, make_engine
 from vl_dist.run.export import export_adapter
-from vl_dist.run.interrupt import StopRequest
+from vl_dist.run.interrupt import StopRequest, TimeLimit
 from vl_dist.run.launched import Launch, read_launch
 from vl_dist.run.metrics import Meter, Record, last_scores
 from vl_dist.run.optim import lr_factor
@@ -94,6 +93,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         run.console.train_step(done, num_steps)
 
         is_last = done == num_steps
+        stop.after_step()
         stopping = ranks.any(stop.reason is not None) and not is_last
         row: dict[str, Any] = {"step": done, "epoch": done / steps_per_epoch(run), "train/lr": lr}
         logged = is_last or stopping or is_due(done, config.log.every_steps)
@@ -105,8 +105,10 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
             row = evaluate_now(run, done, row)
         if logged or evaluated:
             run.record.metrics(row)
-        saved = is_last or stopping or is_due(done, config.checkpoint.every_steps)
-        failure = save(run, done) if saved else None
+        failure = None
+        if is_last or stopping or is_due(done, config.checkpoint.every_steps):
+            with stop.saving():
+                failure = save(run, done)
         if stopping and failure is not None:
             raise SharedError(f"Stopped as asked, but step {done} has no checkpoint: {failure}. The last one still stands.")
         if stopping:
@@ -245,32 +247,12 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
     )
 
 
-def restore(checkpoint: Path, model: PackedModel, ranks: Ranks) -> Restored:
-    """The checkpoint that rank 0 chose, into the model of every rank (all ranks).
-
-    Raises:
-        UserError: a rank cannot read it; all raise the same.
-    """
-
-    def read() -> Restored:
-        try:
-            return load_checkpoint(checkpoint, model)
-        except UserError as error:
-            if ranks.is_main:
-                raise
-            raise UserError(
-                f"Rank {ranks.rank} cannot read the checkpoint {checkpoint} that rank 0 goes on from: {error} "
-                "All ranks read it: run.output_dir must be on a disk that all machines share."
-            ) from None
-
-    return ranks.each(read)
-
-
 def run_once(config: Config, ending: Ending) -> Outcome:
     """One run from its settings to its adapter (all ranks)."""
     launch = read_launch(config, os.environ)
     ranks = Ranks.start(launch, cpu_threads=config.run.cpu_threads)
-    stop = StopRequest(config.run.output_dir, watch_file=ranks.is_main)
+    limit = TimeLimit.of_this_process(config.run.max_time) if ranks.is_main and config.run.max_time is not None else None
+    stop = StopRequest(config.run.output_dir, watch_file=ranks.is_main, limit=limit)
     stop.listen()
     console = RunConsole(is_main=ranks.is_main, num_shown=config.eval.num_shown)
     start = ranks.on_main(lambda: directory.inspect(config))

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from vl_dist.errors import UserError
 from vl_dist.model.load import load_adapter_weights
 from vl_dist.model.packed import PackedModel
+from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import MOMENTS, Trained
 
 MANIFEST = "manifest.json"
@@ -163,6 +164,27 @@ def load_checkpoint(checkpoint: Path, model: PackedModel) -> Restored:
         return Restored(TrainState(**json.loads((checkpoint / STATE).read_text())), moments)
     except TypeError as error:
         raise UserError(f"{checkpoint / STATE} is of another version of this program: {error}.") from None
+
+
+def restore(checkpoint: Path, model: PackedModel, ranks: Ranks) -> Restored:
+    """The checkpoint that rank 0 chose, into the model of every rank (all ranks).
+
+    Raises:
+        UserError: a rank cannot read it; all raise the same.
+    """
+
+    def read() -> Restored:
+        try:
+            return load_checkpoint(checkpoint, model)
+        except UserError as error:
+            if ranks.is_main:
+                raise
+            raise UserError(
+                f"Rank {ranks.rank} cannot read the checkpoint {checkpoint} that rank 0 goes on from: {error} "
+                "All ranks read it: run.output_dir must be on a disk that all machines share."
+            ) from None
+
+    return ranks.each(read)
 
 
 def _not_plain(checkpoint: Path) -> str | None:
