@@ -96,11 +96,14 @@ def test_the_ledger_is_the_same_and_has_each_example_once(runs: dict[str, Path],
 
 @MANY
 def test_the_gradient_of_every_tensor_is_the_same(runs: dict[str, Path], many: str) -> None:
-    """After one step Adam's first moment is a tenth of the clipped gradient."""
+    """After one step Adam's first moment is a tenth of the clipped gradient.
+
+    The bound is wider than in `test_parity`: on this model one process differs by 1.1e-5 from itself with longer packs.
+    """
     one, two = (load_file(runs[n] / "checkpoints" / "step-000001" / "optimizer.safetensors") for n in ("one", many))
     first_moments = [name for name in one if name.endswith(".exp_avg")]
     assert len(first_moments) == 2 * 7 * 4
-    assert_close({name: two[name] for name in first_moments}, {name: one[name] for name in first_moments})
+    assert_close({name: two[name] for name in first_moments}, {name: one[name] for name in first_moments}, 3e-5)
 
 
 @MANY
