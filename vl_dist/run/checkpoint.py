@@ -104,8 +104,10 @@ def save_adapter(model: PeftModel, directory: Path, weights: dict[str, torch.Ten
     """The two files that PEFT saves an adapter as, without the card that it renders each time.
 
     Args:
+        directory: made if it is not there.
         weights: whole, by parameter name; None: the model's own are whole.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
