@@ -4,11 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from tests.examples import SEVEN, gradients, packed_model
 from vl_dist.data.collate import Collator
-from vl_dist.run.engine import num_values, with_idle_image
+from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.packed import PackedModel
+from vl_dist.run.distributed import Ranks
+from vl_dist.run.engine import PlainEngine, num_values, with_idle_image
+from vl_dist.settings import LoraSettings, OptimConfig
 
 
 @pytest.mark.parametrize("examples", [[SEVEN[1], SEVEN[6]], []], ids=["text only", "filler"])
@@ -50,3 +55,17 @@ def test_a_parameter_in_shares_counts_whole() -> None:
     assert num_values(parameter) == 3
     parameter.ds_numel = 12  # type: ignore[attr-defined]
     assert num_values(parameter) == 12
+
+
+def test_a_tower_that_trains_is_stepped_by_steps_without_images_too(tiny_model: Path, collator: Collator) -> None:
+    """Else AdamW's moments of the tower would depend on which rank has the images."""
+    base = load_base(tiny_model, torch.float32, "sdpa")
+    model = PackedModel(attach_lora(base, LoraSettings(r=2, target_modules=("q_proj", "qkv")), seed=0), "sdpa")
+    assert any(".visual." in name for name in model.lora_parameters)
+    engine = PlainEngine(model, Ranks(Accelerator(cpu=True)), OptimConfig())
+    for examples in ([SEVEN[0]], [SEVEN[1]], []):
+        engine.backward(engine(collator.pack(examples)))
+        engine.clip_and_step()
+    trained = engine.trained()
+    assert trained is not None
+    assert len(trained.moments) == 2 * len(trained.weights) == 2 * len(model.lora_parameters)

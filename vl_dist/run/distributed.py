@@ -7,6 +7,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import numpy as np
@@ -146,6 +147,8 @@ class Ranks:
 
 
 def _with_deepspeed(settings: dict[str, Any], *, on_cpu: bool) -> Accelerator:
+    if find_spec("deepspeed") is None:
+        raise UserError("The launcher asks for DeepSpeed, which is not installed: pip install deepspeed, or use ddp.yaml.")
     try:
         plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
     except ValueError as error:

@@ -73,13 +73,14 @@ class PlainEngine:
     def __init__(self, model: PackedModel, ranks: Ranks, settings: OptimConfig) -> None:
         self._ranks = ranks
         self._parameters = model.lora_parameters
+        self._pack = Packs(model, always_images=False)
         self._max_grad_norm = settings.max_grad_norm
         self._optimizer = make_optimizer(self._parameters.values(), settings)
         self._wrapped: nn.Module = ranks.accelerator.prepare_model(model)
 
     def __call__(self, pack: Batch) -> torch.Tensor:
         """The loss summed over one pack's targets, with a graph."""
-        loss: torch.Tensor = self._wrapped(pack)
+        loss: torch.Tensor = self._wrapped(self._pack(pack))
         return loss
 
     def gradient_sync(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -136,14 +137,14 @@ class ZeroEngine:
         self._ranks = ranks
         self._parameters = model.lora_parameters
         self._stage = launch.zero_stage
-        self._merge_size: int = model.peft_model.get_base_model().model.visual.spatial_merge_size
+        # Layers of stage 3 are gathered by all ranks together, so all must run the tower, or none.
+        self._pack = Packs(model, always_images=self._stage == 3)
         optimizer = make_optimizer(self._parameters.values(), settings)
         self._engine, _ = ranks.accelerator.prepare(model, optimizer)
 
     def __call__(self, pack: Batch) -> torch.Tensor:
         """The loss summed over one pack's targets, with a graph."""
-        # Layers of stage 3 are gathered by all ranks together, so all must run the tower, or none.
-        loss: torch.Tensor = self._engine(with_idle_image(pack, self._merge_size) if self._stage == 3 else pack)
+        loss: torch.Tensor = self._engine(self._pack(pack))
         return loss
 
     def gradient_sync(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -216,6 +217,23 @@ class ZeroEngine:
 
         with unwrap_model_for_generation(self._engine):
             yield
+
+
+class Packs:
+    """Packs as the engine runs them: with an idle image where the tower must run although there is no image."""
+
+    def __init__(self, model: PackedModel, *, always_images: bool) -> None:
+        """
+        Args:
+            always_images: whether it must anyway. It also must if parts of it are trained: data parallel waits for the
+                gradient of every parameter, and one that is zero is not the same to AdamW as one that is not there.
+        """
+        self._needed = always_images or any(".visual." in name for name in model.lora_parameters)
+        self._merge_size: int = model.peft_model.get_base_model().model.visual.spatial_merge_size
+
+    def __call__(self, pack: Batch) -> Batch:
+        """The pack, or one with an idle image."""
+        return with_idle_image(pack, self._merge_size) if self._needed else pack
 
 
 def with_idle_image(pack: Batch, merge_size: int) -> Batch:
