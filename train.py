@@ -3,13 +3,13 @@
 Start it with `accelerate launch train.py [RECIPE.yaml] [section.key=value ...]`.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from vl_dist.config import help_text, load, split_words
 from vl_dist.data.assemble import RunData
@@ -17,7 +17,7 @@ from vl_dist.data.collate import Batch
 from vl_dist.data.loader import StepPacks, load_steps, timed
 from vl_dist.data.plan import Plan
 from vl_dist.data.validate import BAD_ROWS, write_bad_rows
-from vl_dist.errors import UserError
+from vl_dist.errors import SharedError, UserError
 from vl_dist.evaluate.held_out import evaluate, write_samples
 from vl_dist.evaluate.scores import DocumentFrequency
 from vl_dist.model.flops import FlopCounter, read_shape
@@ -27,14 +27,16 @@ from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run import directory
 from vl_dist.run.best import BestCheckpoint, choose_final
 from vl_dist.run.build import load_data, load_frequency, load_model
-from vl_dist.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from vl_dist.run.checkpoint import TrainState, restore, try_save
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks, launched_rank, seed_dropout
+from vl_dist.run.engine import Engine, make_engine
 from vl_dist.run.export import export_adapter
-from vl_dist.run.interrupt import StopRequest
+from vl_dist.run.interrupt import StopRequest, TimeLimit
 from vl_dist.run.late import LateFaults
+from vl_dist.run.launched import Launch, read_launch
 from vl_dist.run.metrics import Meter, Record
-from vl_dist.run.optim import clip_gradients, lr_factor, make_optimizer, set_lr
+from vl_dist.run.optim import lr_factor
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
 from vl_dist.settings import Config
 from vl_dist.shapes import make_shapes
@@ -53,8 +55,7 @@ class Run:
     late: LateFaults
     frequency: DocumentFrequency | None  # for CIDEr-D, if not that of the held-out answers
     model: PackedModel  # the module itself, for evaluation and checkpoints
-    wrapped: nn.Module  # what accelerate made of it, for training
-    optimizer: torch.optim.Optimizer
+    engine: Engine  # what steps it, on one rank or over many
     record: Record
     best: BestCheckpoint
     flops: FlopCounter
@@ -68,18 +69,16 @@ def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Te
         loss_sum: scalar, this rank's loss summed over its targets.
         grad_norm: scalar, over all ranks, before clipping. Neither is read here.
     """
-    ranks = run.ranks
+    ranks, engine = run.ranks, run.engine
     own_targets = sum(pack.num_targets for pack in packs)
     targets = ranks.sum(torch.tensor(float(own_targets), device=ranks.device)).clamp(min=1.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for n, pack in enumerate(packs):
-        with ranks.gradient_sync(run.wrapped, last=n == len(packs) - 1), out_of_memory_named(pack):
-            loss = run.wrapped(pack.to(ranks.device))  # summed over the pack's targets
-            ranks.accelerator.backward(loss * (ranks.loss_scale / targets))
+        with engine.gradient_sync(last=n == len(packs) - 1), out_of_memory_named(pack):
+            loss = engine(pack.to(ranks.device))  # summed over the pack's targets
+            engine.backward(loss * (ranks.loss_scale / targets))
         loss_sum += loss.detach()
-    grad_norm = clip_gradients(run.model.lora_parameters.values(), run.config.optim.max_grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    grad_norm = engine.clip_and_step()
     return loss_sum, grad_norm
 
 
@@ -93,7 +92,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         run.late.add(dropped)
         done = share.step.number + 1
         lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
-        set_lr(run.optimizer, lr)
+        run.engine.set_lr(lr)
         seed_dropout(config.run.seed, share.step.number, ranks.rank)
         loss_sum, grad_norm = train_step(share.packs, run)
         ending.step = done
@@ -102,6 +101,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         run.console.train_step(done, num_steps)
 
         is_last = done == num_steps
+        stop.after_step()
         stopping = ranks.any(stop.reason is not None) and not is_last
         row: dict[str, Any] = {"step": done, "epoch": share.step.epochs_done, "train/lr": lr}
         logged = is_last or stopping or is_due(done, config.log.every_steps)
@@ -114,10 +114,14 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         if logged or evaluated:
             run.record.metrics(row)
         is_best = evaluated and ranks.any(run.best.improves(row))
+        failure = None
         if is_last or stopping or is_best or is_due(done, config.checkpoint.every_steps):
-            save(run, done, share.step.epochs_done)
-        if is_best:
+            with stop.saving():
+                failure = save(run, done, share.step.epochs_done)
+        if is_best and failure is None:
             run.best.move(row)
+        if stopping and failure is not None:
+            raise SharedError(f"Stopped as asked, but step {done} has no checkpoint: {failure}. The last one still stands.")
         if stopping:
             return Outcome(STOPPED, f"stopped by {stop.reason or 'another rank'}; start again to go on", done)
     return Outcome(FINISHED, "finished", num_steps)
@@ -147,32 +151,53 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
     """The row with the scores of the held-out records, if there are any (all ranks)."""
     if run.data.held_out is None:
         return row
-    evaluation = evaluate(
-        run.model,
-        run.data.held_out,
-        run.ranks,
-        run.config.eval,
-        tokenizer=run.processor.tokenizer,
-        max_tokens=run.config.batch.max_tokens_per_pack,
-        frequency=run.frequency,
-        on_progress=run.console.evaluation_progress(),
-    )
+    with run.engine.whole_model():
+        evaluation = evaluate(
+            run.model,
+            run.data.held_out,
+            run.ranks,
+            run.config.eval,
+            tokenizer=run.processor.tokenizer,
+            max_tokens=run.config.batch.max_tokens_per_pack,
+            frequency=run.frequency,
+            on_progress=run.console.evaluation_progress(),
+        )
     if run.ranks.is_main:
         write_samples(run.config.run.output_dir / "samples", step, evaluation.samples)
     run.console.evaluation(f"held-out captions after step {step}", evaluation)
     return row | evaluation.scores
 
 
-def save(run: Run, step: int, epoch: float) -> None:
-    """A checkpoint of this step (all ranks; the main process writes, the others wait for it)."""
-    if run.ranks.is_main:
+def save(run: Run, step: int, epoch: float) -> str | None:
+    """A checkpoint of this step; None, or why the disk did not take it (all ranks; the main process writes)."""
+    trained = run.engine.trained()
+
+    def write() -> str | None:
+        assert trained is not None, "the main process has all weights"
         state = TrainState(step=step, num_steps=run.plan.num_steps, epoch=epoch, data=run.data.train.fingerprint)
         root = run.config.run.output_dir / "checkpoints"
-        save_checkpoint(root, run.model, run.optimizer, state, keep=run.config.checkpoint.keep)
-    run.ranks.wait()
+        return try_save(root, run.model, trained, state, keep=run.config.checkpoint.keep)
+
+    failure = run.ranks.on_main(write)
+    if failure is not None:
+        run.console.say(f"Step {step} has no checkpoint: {failure}. Training goes on.")
+    return failure
 
 
-def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start) -> Run:
+def export(run: Run, step: int) -> None:
+    """The adapter for inference (all ranks; the main process writes)."""
+    trained = run.engine.trained()
+
+    def write() -> None:
+        assert trained is not None, "the main process has all weights"
+        config, peft_model, examples = run.config, run.model.peft_model, run.data.train.examples
+        final = choose_final(config.run.output_dir, config.run.final, last_step=step)
+        export_adapter(peft_model, trained.weights, run.processor, config, examples=examples, final=final)
+
+    run.ranks.on_main(write)
+
+
+def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start, launch: Launch) -> Run:
     """Data, model and optimizer, from the cheapest check to the dearest; the output directory last (all ranks).
 
     Raises:
@@ -187,16 +212,17 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
     frequency = load_frequency(config.eval, ranks)
     model = load_model(config, model_dir, ranks.device)
-    optimizer = make_optimizer(model.lora_parameters.values(), config.optim)
-    state = load_checkpoint(start.checkpoint, model, optimizer) if start.checkpoint is not None else None
-    if state is not None and state.data != data.train.fingerprint and not config.run.allow_changes:
+    restored = restore(start.checkpoint, model, ranks) if start.checkpoint is not None else None
+    if restored is not None and restored.state.data != data.train.fingerprint and not config.run.allow_changes:
         raise UserError(
             f"The training examples are others than those of {start.checkpoint}: records or images changed since. Restore "
             "them, give another run.output_dir, or set run.allow_changes=true to go on with the new ones."
         )
-    wrapped = ranks.accelerator.prepare_model(model)
+    engine = make_engine(model, ranks, config.optim, launch)
+    if restored is not None:
+        engine.restore_moments(restored.moments, restored.state.step)
     plan = data.plan(config)
-    first_step = state.step if state is not None else 0
+    first_step = restored.state.step if restored is not None else 0
     if ranks.is_main:
         directory.begin(config, start)
         write_bad_rows(config.run.output_dir / BAD_ROWS, data.bad)
@@ -219,8 +245,7 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         late=late,
         frequency=frequency,
         model=model,
-        wrapped=wrapped,
-        optimizer=optimizer,
+        engine=engine,
         record=record,
         best=BestCheckpoint(config.run.output_dir, config.eval.best_metric, is_main=ranks.is_main),
         flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
@@ -230,22 +255,25 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
 
 def run_once(config: Config, ending: Ending) -> Outcome:
     """One run from its settings to its adapter (all ranks)."""
-    ranks = Ranks.start(cpu_threads=config.run.cpu_threads)
-    stop = StopRequest(config.run.output_dir, watch_file=ranks.is_main)
+    launch = read_launch(config, os.environ)
+    ranks = Ranks.start(launch, cpu_threads=config.run.cpu_threads)
+    limit = TimeLimit.of_this_process(config.run.max_time) if ranks.is_main and config.run.max_time is not None else None
+    stop = StopRequest(config.run.output_dir, watch_file=ranks.is_main, limit=limit)
     stop.listen()
     console = RunConsole(is_main=ranks.is_main, num_shown=config.eval.num_shown)
     start = ranks.on_main(lambda: directory.inspect(config))
     console.start(start, config.run.output_dir)
     if start.finished:
         return Outcome(FINISHED, "was finished before", 0)
-    run = prepare(config, ranks, console, start)
-    console.prepared(run.config, run.data, run.model, num_steps=run.plan.num_steps, first_step=run.first_step, ranks=ranks)
+    run = prepare(config, ranks, console, start, launch)
+    console.prepared(
+        run.config, run.data, run.model, launch, num_steps=run.plan.num_steps, first_step=run.first_step, ranks=ranks
+    )
     ending.step, ending.training = run.first_step, True
     with console, stop.deferred():
         outcome = train(run, stop, ending)
-        if outcome.code == FINISHED and ranks.is_main:
-            final = choose_final(config.run.output_dir, config.run.final, last_step=outcome.step)
-            export_adapter(run.model.peft_model, run.processor, config, examples=run.data.train.examples, final=final)
+        if outcome.code == FINISHED:
+            export(run, outcome.step)
     console.end(outcome.code == FINISHED, outcome.reason, config.run.output_dir)
     ranks.close()
     return outcome

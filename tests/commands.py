@@ -24,9 +24,11 @@ def run_command(*words: str | Path, timeout_s: float = 300) -> subprocess.Comple
     )
 
 
-def launch(config_file: str | None, *words: str) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch [--config_file accelerate_configs/X.yaml] train.py ...`."""
+def launch(config_file: str | None, *words: str, num_processes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch [--config_file accelerate_configs/X.yaml] [--num_processes N] train.py ...`."""
     chosen = ["--config_file", f"accelerate_configs/{config_file}"] if config_file else []
+    if num_processes is not None:
+        chosen += ["--num_processes", str(num_processes)]
     return run_command(sys.executable, "-m", "accelerate.commands.launch", *chosen, "train.py", *words)
 
 

@@ -79,6 +79,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def collator(encoder: Encoder, processor: Any, photos: Path, shape: PatchShape) -> Collator:
+def collator(photo_collator: Collator) -> Collator:
+    return photo_collator
+
+
+@pytest.fixture(scope="session")
+def photo_collator(encoder: Encoder, processor: Any, photos: Path, shape: PatchShape) -> Collator:
     budget = PixelBudget(min_pixels=56 * 56, max_pixels=84 * 112)
     return Collator(encoder, processor.image_processor, roots=[photos], budget=budget, shape=shape)

@@ -31,10 +31,16 @@ SEVEN = [
 
 
 def packed_model(
-    directory: Path, backend: Backend = "sdpa", *, r: int = 4, dropout: float = 0.0, seed: int = 3
+    directory: Path,
+    backend: Backend = "sdpa",
+    *,
+    r: int = 4,
+    dropout: float = 0.0,
+    seed: int = 3,
+    dtype: torch.dtype = torch.float32,
 ) -> PackedModel:
     """A tiny model whose adapter is random on both sides, so that every gradient is other than zero."""
-    base = load_base(directory, torch.float32, backend)
+    base = load_base(directory, dtype, backend)
     settings = LoraSettings(r=r, alpha=8, dropout=dropout)
     model = PackedModel(attach_lora(base, settings, seed=seed), backend)
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from vl_dist.config import changes, dump, help_text, keys, load, plain, split_words, value_at
+from vl_dist.durations import duration_s
 from vl_dist.errors import UserError
 from vl_dist.settings import Config, TrainFile
 
@@ -166,3 +167,21 @@ def test_training_files_are_one_path_or_several_with_weights(tmp_path: Path) -> 
 def test_training_files_of_another_form_are_refused_with_the_form(word: str) -> None:
     with pytest.raises(UserError, match=r"data\.train .*(path|weights)"):
         load(None, [word])
+
+
+@pytest.mark.parametrize(
+    ("word", "seconds"),
+    [
+        ("5400", 5400), ("90.5", 90.5), ("30:00", 1800), ("1:30:00", 5400), ("01:30:00", 5400), ("11:59:59", 43199),
+        ("1-00:00:30", 86430), ("2-12:00:00", 216000),
+    ],
+)  # fmt: skip
+def test_a_duration_means_the_same_however_yaml_reads_it(word: str, seconds: float) -> None:
+    config = load(None, [f"run.max_time={word}"])
+    assert config.run.max_time is not None and duration_s(config.run.max_time) == seconds
+
+
+@pytest.mark.parametrize("word", ["0", "soon", "1-2:3:4:5", "-5", "1h", "nan", "x-01:00:00", "'1:-30'"])
+def test_what_is_no_duration_is_refused(word: str) -> None:
+    with pytest.raises(UserError, match=r"run\.max_time"):
+        load(None, [f"run.max_time={word}"])

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vl_dist.durations import duration_s
 from vl_dist.errors import UserError
 from vl_dist.settings import Config, TrainFile
 
@@ -341,6 +342,8 @@ def _check_rules(config: Config) -> None:
         raise UserError("run.final=best needs held-out records to tell which is best: set data.eval, or run.final=last.")
     if data.eval is not None and data.eval.startswith("last:"):
         held_out_count(data.eval)
+    if config.run.max_time is not None:
+        duration_s(config.run.max_time)
 
 
 def held_out_count(spec: str) -> int:

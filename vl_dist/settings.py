@@ -169,6 +169,12 @@ class RunConfig:
     resume: str = key("auto", "auto: newest complete checkpoint; never: from step 0; or a directory", trains=False)
     allow_changes: bool = key(False, "go on with a run although settings that shape it changed", trains=False)
     final: Literal["last", "best"] = key("last", "adapter/ is that of the last step, or of checkpoints/best", trains=False)
+    max_time: str | None = key(
+        None,
+        "stop with a checkpoint and code 85 within this time of the start: seconds, or [[D-]HH:]MM:SS; null: no limit",
+        "seconds or [[D-]HH:]MM:SS",
+        trains=False,
+    )
     cpu_threads: int | None = key(None, "threads of each rank on a CPU; null: its share of cores", "threads", trains=False)
 
 

@@ -1,4 +1,4 @@
-"""Two processes train what one does: the same examples, losses, gradients, evaluation and adapter."""
+"""Two processes train what one does, by data parallel and by ZeRO: examples, losses, gradients, evaluation, adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from vl_dist.settings import ShapesConfig
 from vl_dist.shapes import make_shapes
 
 
+MANY = pytest.mark.parametrize("many", ["ddp", "zero3"])
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """One run a world size: steps of 13 examples in several packs a rank, the last of one example, so that a rank idles.
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run a way to launch it: steps of 13 examples in several packs a rank, the last of one example, so that a rank idles.
 
     All start from one adapter that is random on both sides, so that every gradient is other than zero.
     """
@@ -43,22 +46,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         "optim.lr=1e-3",
         "log.every_steps=1",
         "eval.max_new_tokens=8",
+        "eval.batch_size=2",  # nine questions: one rank has three batches, the other two
     ]
     found = {}
-    for world_size, config_file in ((1, "one_gpu.yaml"), (2, "cpu.yaml")):
-        found[world_size] = directory / f"run{world_size}"
-        done = launch(config_file, *words, f"run.output_dir={found[world_size]}")
+    for name, world_size, config_file in (("one", 1, "one_gpu.yaml"), ("ddp", 2, "cpu.yaml"), ("zero3", 2, "zero3.yaml")):
+        found[name] = directory / name
+        done = launch(config_file, *words, f"run.output_dir={found[name]}", num_processes=world_size)
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"devices  {world_size} x cpu" in done.stdout
+        assert ("DeepSpeed ZeRO 3" in done.stdout) == (name == "zero3")
     return found
 
 
-def rows(runs: dict[int, Path], name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    return read_rows(runs[1] / name), read_rows(runs[2] / name)
+def rows(runs: dict[str, Path], many: str, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return read_rows(runs["one"] / name), read_rows(runs[many] / name)
 
 
-def test_two_ranks_take_the_same_steps_with_the_same_loss_and_gradient_norm(runs: dict[int, Path]) -> None:
-    one, two = rows(runs, "metrics.jsonl")
+@MANY
+def test_two_ranks_take_the_same_steps_with_the_same_loss_and_gradient_norm(runs: dict[str, Path], many: str) -> None:
+    one, two = rows(runs, many, "metrics.jsonl")
     assert [row["step"] for row in one] == [row["step"] for row in two] == [0, 1, 2, 3, 4]
     for here, there in zip(one[1:], two[1:], strict=True):
         assert there["train/loss"] == pytest.approx(here["train/loss"], rel=1e-5)
@@ -69,32 +75,39 @@ def test_two_ranks_take_the_same_steps_with_the_same_loss_and_gradient_norm(runs
     assert two[-1]["perf/padding"] > 0, "no filler was needed: the test is too easy"
 
 
-def test_evaluation_counts_each_question_once_on_any_number_of_ranks(runs: dict[int, Path]) -> None:
-    one, two = rows(runs, "metrics.jsonl")
+@MANY
+def test_evaluation_counts_each_question_once_on_any_number_of_ranks(runs: dict[str, Path], many: str) -> None:
+    one, two = rows(runs, many, "metrics.jsonl")
     for here, there in ((one[0], two[0]), (one[-1], two[-1])):
         assert there["eval/loss"] == pytest.approx(here["eval/loss"], rel=1e-5)
         for name in ("cider", "bleu1", "bleu4", "rouge_l", "exact_match"):
             assert there[f"eval/{name}"] == here[f"eval/{name}"]
-    assert rows(runs, "samples/step-000000.jsonl")[0] == rows(runs, "samples/step-000000.jsonl")[1]
-    assert len(read_rows(runs[2] / "samples" / "step-000004.jsonl")) == 9
+    assert rows(runs, many, "samples/step-000000.jsonl")[0] == rows(runs, many, "samples/step-000000.jsonl")[1]
+    assert len(read_rows(runs[many] / "samples" / "step-000004.jsonl")) == 9
 
 
-def test_the_ledger_is_the_same_and_has_each_example_once(runs: dict[int, Path]) -> None:
-    one, two = rows(runs, "ledger.jsonl")
+@MANY
+def test_the_ledger_is_the_same_and_has_each_example_once(runs: dict[str, Path], many: str) -> None:
+    one, two = rows(runs, many, "ledger.jsonl")
     assert one == two
     ids = [name for row in two for name in row.get("ids", ())]
     assert len(set(ids)) == len(ids) == 40
     assert two[-1] == {"step": 4, "epoch": 0, "examples": 40, "as_planned": 40, "missing": [], "repeated": []}
 
 
-def test_the_gradient_of_every_tensor_is_the_same(runs: dict[int, Path]) -> None:
-    """After one step Adam's first moment is a tenth of the clipped gradient."""
-    one, two = (load_file(runs[n] / "checkpoints" / "step-000001" / "optimizer.safetensors") for n in (1, 2))
+@MANY
+def test_the_gradient_of_every_tensor_is_the_same(runs: dict[str, Path], many: str) -> None:
+    """After one step Adam's first moment is a tenth of the clipped gradient.
+
+    The bound is wider than in `test_parity`: on this model one process differs by 1.1e-5 from itself with longer packs.
+    """
+    one, two = (load_file(runs[n] / "checkpoints" / "step-000001" / "optimizer.safetensors") for n in ("one", many))
     first_moments = [name for name in one if name.endswith(".exp_avg")]
     assert len(first_moments) == 2 * 7 * 4
-    assert_close({name: two[name] for name in first_moments}, {name: one[name] for name in first_moments})
+    assert_close({name: two[name] for name in first_moments}, {name: one[name] for name in first_moments}, 3e-5)
 
 
-def test_the_adapters_are_the_same(runs: dict[int, Path]) -> None:
-    one, two = (load_file(runs[n] / "adapter" / "adapter_model.safetensors") for n in (1, 2))
+@MANY
+def test_the_adapters_are_the_same(runs: dict[str, Path], many: str) -> None:
+    one, two = (load_file(runs[n] / "adapter" / "adapter_model.safetensors") for n in ("one", many))
     assert_close(two, one, tolerance=1e-4)

@@ -233,6 +233,6 @@ def test_the_comparison_refuses_another_beta2(
         optimizer.param_groups[0]["betas"] = (0.9, 0.95)
         return optimizer
 
-    monkeypatch.setattr(train, "make_optimizer", with_beta2_of_095)
+    monkeypatch.setattr("vl_dist.run.engine.make_optimizer", with_beta2_of_095)
     found = difference(train_ours(task, tmp_path / "ours"), theirs)
     assert not found.tolerable, found

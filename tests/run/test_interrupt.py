@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vl_dist.run.interrupt import StopRequest
+from vl_dist.run.interrupt import StopRequest, TimeLimit
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -51,3 +51,41 @@ def test_the_stop_file_is_seen_by_the_rank_that_watches_and_goes_when_honoured(t
         assert "STOP" in str(stop.reason)
         assert other.reason is None
     assert not (tmp_path / "STOP").exists()
+
+
+class Clock:
+    """Time that passes when told."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_time_limit_leaves_room_for_the_longest_step_and_the_longest_save() -> None:
+    clock = Clock()
+    limit = TimeLimit(60.0, used_s=10.0, clock=clock)  # 50 seconds are left
+
+    def step(seconds: float) -> bool:
+        clock.passes(seconds)
+        return limit.reached_after_step()
+
+    assert not step(4)  # 46 left; another step, and a save that may last as long, take 8
+    with limit.saving():
+        clock.passes(10)  # 36 left
+    assert not step(3)  # 33 left, 14 needed: the save was no step
+    assert not step(9)  # 24 left, 19 needed
+    assert step(6)  # 18 left, 19 needed
+
+
+def test_a_time_limit_is_a_reason_to_stop(tmp_path: Path) -> None:
+    clock = Clock()
+    stop = StopRequest(tmp_path, watch_file=True, limit=TimeLimit(5.0, used_s=0.0, clock=clock))
+    stop.after_step()
+    assert stop.reason is None
+    clock.passes(3)
+    stop.after_step()
+    assert stop.reason == "run.max_time"

@@ -13,7 +13,7 @@ import pytest
 from tests.commands import ROOT, read_rows
 from tests.slurm.cluster import Cluster, missing_programs, running_cluster
 
-CONFIG = "accelerate_configs/cpu.yaml"
+CONFIG = "accelerate_configs/zero2.yaml"
 NUM_STEPS = 60
 STOPPED, WRONG_INPUT = 85, 2
 SECONDS_FOR_A_JOB = 240.0  # a minute at most is usual; more on a machine with other work

@@ -16,7 +16,7 @@ from vl_dist.data.records import Example, Message, parse_messages, with_images
 from vl_dist.errors import UserError
 from vl_dist.evaluate.decode import generate
 from vl_dist.model.hub import find_model
-from vl_dist.model.load import load_base, load_processor, patch_shape, resolve_dtype
+from vl_dist.model.load import load_adapter, load_base, load_processor, patch_shape, resolve_dtype
 from vl_dist.run.files import METADATA
 from vl_dist.settings import ModelConfig
 
@@ -100,4 +100,4 @@ def _load(adapter: Path, model_dir: Path, contract: AdapterContract) -> PeftMode
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = resolve_dtype(contract.base_model.dtype, device.type, bf16_supported=bf16)
     base = load_base(model_dir, dtype, "sdpa")
-    return PeftModel.from_pretrained(base, str(adapter)).to(device).eval()
+    return load_adapter(base, adapter).to(device).eval()

@@ -173,6 +173,25 @@ def load_adapter_weights(model: PeftModel, directory: Path) -> None:
     set_peft_model_state_dict(model, weights)
 
 
+def load_adapter(base: Qwen2VLForConditionalGeneration, directory: Path) -> PeftModel:
+    """The base with a saved adapter on it, as inference uses it.
+
+    Raises:
+        UserError: a weight of the adapter has no place, or a place has no weight: PEFT would answer with the base alone.
+    """
+    with warnings.catch_warnings():  # of what is checked below
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(base, str(directory))
+    expected = adapter_state(model).keys()
+    strange = sorted(load_peft_weights(str(directory), device="cpu").keys() ^ expected)
+    if strange:
+        raise UserError(
+            f"The adapter in {directory} is not for this model: {len(strange)} of its weights and of the model's layers do "
+            f"not meet, first {strange[0]!r}. Give the base model that it was trained on, or restore its files."
+        )
+    return model
+
+
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's weights under the names PEFT gives them in its files."""
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)

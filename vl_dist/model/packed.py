@@ -61,6 +61,7 @@ class PackedModel(nn.Module):
         embeddings = language_model.embed_tokens(batch.input_ids)
         if batch.num_images:
             features = self.image_features(batch.pixel_values, batch.image_grids)
+            features = features[: len(batch.image_rows)]  # an idle image has no rows (`run.engine.with_idle_image`)
             embeddings = embeddings.index_copy(0, batch.image_rows, features.to(embeddings.dtype))
         mask = attention_mask(batch.document_ids, batch.branch_ids, self._backend, embeddings.dtype)
         output = language_model(

@@ -17,7 +17,9 @@ from vl_dist.evaluate.held_out import Evaluation, group_questions
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.directory import Start, describe_changes
 from vl_dist.run.distributed import Ranks
+from vl_dist.run.engine import num_values
 from vl_dist.run.export import exported_scores
+from vl_dist.run.launched import Launch
 from vl_dist.settings import Config
 
 LEFT_OUT = ("bleu1", "bleu2", "bleu3")
@@ -94,11 +96,19 @@ class RunConsole:
                 self._progress.remove_task(task)
 
     def prepared(
-        self, config: Config, data: RunData, model: PackedModel, *, num_steps: int, first_step: int, ranks: Ranks
+        self,
+        config: Config,
+        data: RunData,
+        model: PackedModel,
+        launch: Launch,
+        *,
+        num_steps: int,
+        first_step: int,
+        ranks: Ranks,
     ) -> None:
         """What is about to be trained."""
-        lora = sum(p.numel() for p in model.lora_parameters.values())
-        total = sum(p.numel() for p in model.parameters())
+        lora = sum(num_values(p) for p in model.lora_parameters.values())
+        total = sum(num_values(p) for p in model.parameters())
         held_out = len(group_questions(data.held_out.examples)) if data.held_out is not None else 0
         rows = [
             ("model", f"{config.model.path}, {total - lora:,} frozen parameters in {model.base_dtype}"),
@@ -106,6 +116,7 @@ class RunConsole:
             ("data", f"{len(data.train.examples):,} examples to train on, {held_out:,} prompts held out"),
             ("plan", f"{num_steps:,} steps of {config.batch.examples_per_step} examples, from step {first_step}"),
             ("devices", f"{ranks.world_size} x {ranks.device.type}"),
+            ("engine", launch.describe(str(model.base_dtype).removeprefix("torch."))),
             ("output", str(config.run.output_dir)),
         ]
         for note in data.notes:

@@ -5,17 +5,20 @@ Data and model code takes `rank` and `world_size` as arguments; only this module
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vl_dist.errors import SharedError, UserError
 from vl_dist.model.flops import known_peak_flops
+from vl_dist.run.launched import Launch, refuse_lost_ranks
 
 T = TypeVar("T")
 N = TypeVar("N")
@@ -31,9 +34,19 @@ class Ranks:
         self.device: torch.device = accelerator.device
 
     @classmethod
-    def start(cls, *, cpu_threads: int | None) -> "Ranks":
-        """Joins the process group that the launcher announced, if it announced one (all ranks)."""
-        ranks = cls(Accelerator(cpu=not torch.cuda.is_available()))
+    def start(cls, launch: Launch, *, cpu_threads: int | None) -> "Ranks":
+        """Joins the process group that the launcher announced, if it announced one (all ranks).
+
+        Raises:
+            UserError: it announced one, and this process is alone nevertheless.
+        """
+        on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu"
+        if on_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when accelerate imports deepspeed
+        ranks = cls(
+            Accelerator(cpu=on_cpu) if launch.deepspeed is None else _with_deepspeed(launch.deepspeed, on_cpu=on_cpu)
+        )
+        refuse_lost_ranks(os.environ, ranks.world_size)
         if ranks.device.type == "cpu":
             torch.set_num_threads(cpu_threads or ranks._share_of_cores())
         return ranks
@@ -88,21 +101,14 @@ class Ranks:
         return value
 
     def each(self, action: Callable[[], T]) -> T:
-        """Every rank acts for itself (all ranks). What it does may take longer than a collective would wait.
+        """What this rank's own action returned, once it went well on every rank (all ranks).
+
+        It may take longer than a collective would wait, as long as it takes the ranks about the same time.
 
         Raises:
             UserError: a rank met one; every rank raises it.
         """
-        result: list[T] = []
-        error: str | None = None
-        try:
-            result.append(action())
-        except UserError as met:
-            error = str(met)
-        met_by_any = [text for text in self.gather([error]) if text is not None]
-        if met_by_any:
-            raise SharedError(met_by_any[0])
-        return result[0]
+        return next(self.together(action() for _ in range(1)))
 
     def together(self, items: Iterable[T]) -> Iterator[T]:
         """The items, of which each rank has as many; one read an item where there are several ranks (all ranks).
@@ -138,13 +144,9 @@ class Ranks:
         """Until every rank is here (all ranks)."""
         self.accelerator.wait_for_everyone()
 
-    def gradient_sync(self, model: torch.nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are averaged over ranks only in the backward of a step's last pack."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-
     @property
     def loss_scale(self) -> float:
-        """Undoes the mean over ranks that data parallel takes, because the loss is already over all ranks' targets."""
+        """Undoes the mean over ranks that data parallel and ZeRO take: the loss is over all ranks' targets already."""
         return float(self.world_size)
 
     def peak_flops(self, given_tflops: float | None) -> float | None:
@@ -161,6 +163,29 @@ class Ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return max(1, cores // here)
+
+
+def _with_deepspeed(settings: dict[str, Any], *, on_cpu: bool) -> Accelerator:
+    if find_spec("deepspeed") is None:
+        raise UserError("The launcher asks for DeepSpeed, which is not installed: pip install deepspeed, or use ddp.yaml.")
+    try:
+        plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+    except ValueError as error:
+        raise UserError(f"accelerate does not take this DeepSpeed configuration: {error}") from None
+    # DeepSpeed calls collectives by names that torch has replaced, and would say so for every layer.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    if on_cpu:
+        import deepspeed
+
+        # A collective that training never calls, and that the first start would spend a minute compiling.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Not cpu=True, with which accelerate forgets DeepSpeed; without the name of the backend it would believe it is alone.
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    # accelerate tells transformers of stage 3, whatever zero3_init_flag says: it would load every weight in float32, and
+    # make ranks take each step of a caption together, however many captions each has.
+    unset_hf_deepspeed_config()
+    return accelerator
 
 
 def launched_rank() -> int:

@@ -8,11 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from vl_dist.data.encode import template_hash
 from vl_dist.data.records import Example, messages_to_json, usual_prompt
 from vl_dist.data.validate import pixel_budget
+from vl_dist.errors import UserError
 from vl_dist.run.best import Final
 from vl_dist.run.checkpoint import ADAPTER_FILES, save_adapter
 from vl_dist.run.files import METADATA
@@ -23,6 +26,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 def export_adapter(
     model: PeftModel,
+    weights: dict[str, torch.Tensor],
     processor: Any,
     config: Config,
     *,
@@ -32,21 +36,39 @@ def export_adapter(
     """Writes `output_dir/adapter` whole or not at all. Main process only.
 
     Args:
+        weights: of the adapter, whole, by parameter name.
         processor: its files go beside the weights, so that inference needs no other.
         examples: what was trained on; their usual prompt is the one `predict` asks.
         final: the step whose weights these are, and their scores.
+
+    Raises:
+        UserError: the disk does not take it.
     """
     directory = config.run.output_dir / "adapter"
     temporary = directory.with_name(".writing-adapter")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if final.checkpoint is None:
-        save_adapter(model, temporary)
-    else:
-        for name in ADAPTER_FILES:
-            shutil.copy(final.checkpoint / name, temporary / name)
-    processor.save_pretrained(temporary)
-    metadata = {
+    try:
+        temporary.mkdir(parents=True)
+        if final.checkpoint is None:
+            save_adapter(model, temporary, weights)
+        else:
+            for name in ADAPTER_FILES:
+                shutil.copy(final.checkpoint / name, temporary / name)
+        processor.save_pretrained(temporary)
+        metadata = _metadata(processor, config, examples=examples, final=final)
+        (temporary / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+        card = model_card(config, step=final.step, num_examples=len(examples), scores=final.scores)
+        (temporary / "README.md").write_text(card)
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"The adapter cannot be written to {directory}: {error}. Make room, then start again.") from None
+    return directory
+
+
+def _metadata(processor: Any, config: Config, *, examples: Sequence[Example], final: Final) -> dict[str, Any]:
+    return {
         "format": 1,
         "base_model": {"path": config.model.path, "hub": config.model.hub, "revision": config.model.revision},
         "dtype": config.model.dtype,
@@ -59,13 +81,6 @@ def export_adapter(
         "scores": final.scores,
         "versions": {name: _version(name) for name in LIBRARIES},
     }
-    (temporary / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
-    (temporary / "README.md").write_text(
-        model_card(config, step=final.step, num_examples=len(examples), scores=final.scores)
-    )
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
-    return directory
 
 
 def exported_scores(output_dir: Path) -> dict[str, float]:

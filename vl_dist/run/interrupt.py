@@ -1,25 +1,75 @@
-"""Requests to stop: signals where they reach this process, and the file `output_dir/STOP` always."""
+"""Requests to stop: signals where they reach this process, the file `output_dir/STOP` always, and a limit of time."""
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
+from vl_dist.durations import duration_s
+
 STOP_FILE = "STOP"
+
+
+class TimeLimit:
+    """Says at the end of a step whether another one, and then a save, would still be in time."""
+
+    def __init__(self, limit_s: float, *, used_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            limit_s: seconds from the start of the process.
+            used_s: of which so many are gone.
+            clock: seconds since any moment.
+        """
+        self._clock = clock
+        self._end = clock() + limit_s - used_s
+        self._step_began = clock()
+        self._longest_step_s = 0.0
+        self._longest_save_s = 0.0
+
+    @classmethod
+    def of_this_process(cls, text: str) -> "TimeLimit":
+        """As `run.max_time` asks for; the time that starting Python and importing took counts."""
+        return cls(duration_s(text), used_s=time.time() - psutil.Process().create_time())
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Surrounds a save, which is no part of a step."""
+        began = self._clock()
+        yield
+        took = self._clock() - began
+        self._longest_save_s = max(self._longest_save_s, took)
+        self._step_began += took
+
+    def reached_after_step(self) -> bool:
+        """Whether the longest step so far, and the longest save after it, are more than is left; the next step begins now.
+
+        What happens between two calls is a step: waiting for data, evaluation and logging are in it. As long as no save
+        was seen, one is taken to last as long as a step.
+        """
+        now = self._clock()
+        self._longest_step_s = max(self._longest_step_s, now - self._step_began)
+        self._step_began = now
+        return now + self._longest_step_s + (self._longest_save_s or self._longest_step_s) >= self._end
 
 
 class StopRequest:
     """Set by a signal or by the STOP file; read once a step. A second Ctrl-C ends the process at once."""
 
-    def __init__(self, output_dir: Path, *, watch_file: bool) -> None:
+    def __init__(self, output_dir: Path, *, watch_file: bool, limit: TimeLimit | None = None) -> None:
         """
         Args:
             output_dir: where the STOP file appears; one that is there already belongs to an earlier run and goes.
             watch_file: on rank 0, which tells the others.
+            limit: on rank 0, too.
         """
         self._file = output_dir / STOP_FILE
         self._watch_file = watch_file
+        self._limit = limit
         self._reason: str | None = None
         self._in_loop = False
         if watch_file and self._file.is_file():
@@ -40,6 +90,15 @@ class StopRequest:
         yield
         if self._watch_file:
             self._file.unlink(missing_ok=True)
+
+    def after_step(self) -> None:
+        """Asks for a stop if the time limit leaves no room for another step; called once a step, when it is done."""
+        if self._limit is not None and self._limit.reached_after_step() and self._reason is None:
+            self._reason = "run.max_time"
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Surrounds a save, for the time limit to know how long one takes."""
+        return self._limit.saving() if self._limit is not None else contextlib.nullcontext()
 
     @property
     def reason(self) -> str | None:
