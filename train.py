@@ -36,6 +36,7 @@ from vl_dist.run.interrupt import StopRequest, TimeLimit
 from vl_dist.run.late import LateFaults
 from vl_dist.run.launched import Launch, read_launch
 from vl_dist.run.metrics import Meter, Record
+from vl_dist.run.nonfinite import NonFiniteSteps
 from vl_dist.run.optim import lr_factor
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
 from vl_dist.settings import Config
@@ -53,6 +54,7 @@ class Run:
     data: RunData
     plan: Plan
     late: LateFaults
+    nonfinite: NonFiniteSteps
     frequency: DocumentFrequency | None  # for CIDEr-D, if not that of the held-out answers
     model: PackedModel  # the module itself, for evaluation and checkpoints
     engine: Engine  # what steps it, on one rank or over many
@@ -62,24 +64,26 @@ class Run:
     first_step: int  # steps done before
 
 
-def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One optimizer step over this rank's packs (all ranks; the same number of packs on each).
 
     Returns:
-        loss_sum: scalar, this rank's loss summed over its targets.
-        grad_norm: scalar, over all ranks, before clipping. Neither is read here.
+        losses: [packs] float64, this rank's, each summed over the pack's targets. Not read here.
+        grad_norm: scalar, over all ranks, before clipping, not read; None: not everything was a number, nothing changed.
     """
     ranks, engine = run.ranks, run.engine
     own_targets = sum(pack.num_targets for pack in packs)
     targets = ranks.sum(torch.tensor(float(own_targets), device=ranks.device)).clamp(min=1.0)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    losses = []
     for n, pack in enumerate(packs):
         with engine.gradient_sync(last=n == len(packs) - 1), out_of_memory_named(pack):
             loss = engine(pack.to(ranks.device))  # summed over the pack's targets
             engine.backward(loss * (ranks.loss_scale / targets))
-        loss_sum += loss.detach()
-    grad_norm = engine.clip_and_step()
-    return loss_sum, grad_norm
+        losses.append(loss.detach().double())
+    if ranks.all_finite(*losses, engine.gradient_sizes()):
+        return torch.stack(losses), engine.clip_and_step()
+    engine.drop_gradient()
+    return torch.stack(losses), None
 
 
 def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
@@ -94,10 +98,11 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
         run.engine.set_lr(lr)
         seed_dropout(config.run.seed, share.step.number, ranks.rank)
-        loss_sum, grad_norm = train_step(share.packs, run)
+        losses, grad_norm = train_step(share.packs, run)
+        skipped = None if grad_norm is not None else run.nonfinite.met(done, share.packs, losses)
         ending.step = done
-        meter.add(share.packs, loss_sum, grad_norm, waited_s)
-        run.record.ledger(share.step, dropped)
+        meter.add(share.packs, losses, grad_norm, waited_s)
+        run.record.ledger(share.step, dropped, skipped=skipped)
         run.console.train_step(done, num_steps)
 
         is_last = done == num_steps
@@ -174,7 +179,8 @@ def save(run: Run, step: int, epoch: float) -> str | None:
 
     def write() -> str | None:
         assert trained is not None, "the main process has all weights"
-        state = TrainState(step=step, num_steps=run.plan.num_steps, epoch=epoch, data=run.data.train.fingerprint)
+        data, skipped = run.data.train.fingerprint, run.nonfinite.num_skipped
+        state = TrainState(step=step, num_steps=run.plan.num_steps, epoch=epoch, data=data, skipped=skipped)
         root = run.config.run.output_dir / "checkpoints"
         return try_save(root, run.model, trained, state, keep=run.config.checkpoint.keep)
 
@@ -220,7 +226,7 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         )
     engine = make_engine(model, ranks, config.optim, launch)
     if restored is not None:
-        engine.restore_moments(restored.moments, restored.state.step)
+        engine.restore_moments(restored.moments, restored.state.updates)
     plan = data.plan(config)
     first_step = restored.state.step if restored is not None else 0
     if ranks.is_main:
@@ -243,6 +249,7 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         data=data,
         plan=plan,
         late=late,
+        nonfinite=NonFiniteSteps(config.optim.nonfinite, ranks, num_skipped=restored.state.skipped if restored else 0),
         frequency=frequency,
         model=model,
         engine=engine,

@@ -122,6 +122,9 @@ class OptimConfig:
     warmup_steps: int = key(0, "the learning rate rises linearly from 0 over these steps", "steps")
     weight_decay: float = key(0.0, "decoupled weight decay")
     max_grad_norm: float | None = key(1.0, "gradients are scaled down to this norm; null: never")
+    nonfinite: Literal["stop", "skip"] = key(
+        "stop", "a step whose loss or gradient is no number: end the run before it, or leave the step out", trains=False
+    )
     num_epochs: int = key(2, "passes over the training records", "epochs")
     max_steps: int | None = key(None, "end after this many steps; null: after num_epochs", "steps")
 

@@ -44,7 +44,13 @@ class TrainState:
     num_steps: int  # optimizer steps of the whole run
     epoch: float  # passes over the training records done
     data: str  # fingerprint of the training examples
+    skipped: int = 0  # of the steps, those that the optimizer did not take
     format: int = 1
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer took."""
+        return self.step - self.skipped
 
 
 @dataclass(frozen=True, slots=True)

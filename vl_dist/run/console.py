@@ -151,7 +151,8 @@ class RunConsole:
     def row(self, row: dict[str, float | None], num_steps: int) -> None:
         """One logging step: beside the bar on a terminal, a line of its own elsewhere."""
         loss, lr, speed = row["train/loss"], row["train/lr"], row["perf/examples_per_s"]
-        numbers = f"loss {loss:.4f}  lr {lr:.2e}  {speed:.1f} examples/s"
+        shown = "skipped" if loss is None else f"{loss:.4f}"
+        numbers = f"loss {shown}  lr {lr:.2e}  {speed:.1f} examples/s"
         if self._progress.disable:
             self.say(f"step {row['step']}/{num_steps}  epoch {row['epoch']:.2f}  {numbers}")
         elif self._train_task is not None:

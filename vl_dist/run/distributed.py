@@ -76,6 +76,11 @@ class Ranks:
             return list(own)
         return [int(n) for n in self.sum(torch.tensor(own, device=self.device)).tolist()]
 
+    def all_finite(self, *values: torch.Tensor) -> bool:
+        """Whether all these numbers on all ranks are numbers; the one read of a step (all ranks)."""
+        strange = sum((~torch.isfinite(value)).sum().to(self.device) for value in values)
+        return bool(self.sum(torch.as_tensor(strange, device=self.device)).item() == 0)
+
     def gather(self, rows: list[T]) -> list[T]:
         """The rows of all ranks, in rank order, on every rank (all ranks)."""
         gathered: list[T] = rows if self.world_size == 1 else gather_object(rows)

@@ -18,10 +18,11 @@ from vl_dist.data.collate import Batch
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.launched import Launch
-from vl_dist.run.optim import clip_gradients, make_optimizer, set_lr
+from vl_dist.run.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
 from vl_dist.settings import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+INITIAL_MICRO_STEP = -1  # deepspeed.runtime.zero.stage_1_and_2.INITIAL_MICRO_STEP_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,14 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Adds a pack's gradient."""
 
+    def gradient_sizes(self) -> torch.Tensor:
+        """[any] norms of what this rank holds of the step's gradient, not read; a number that is none makes them none."""
+
     def clip_and_step(self) -> torch.Tensor:
         """One optimizer step on clipped gradients, which are then gone; their norm over all ranks before clipping."""
+
+    def drop_gradient(self) -> None:
+        """The gradients are gone without a step, and the optimizer is as it was."""
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step."""
@@ -91,12 +98,21 @@ class PlainEngine:
         """Adds a pack's gradient."""
         loss.backward()  # type: ignore[no-untyped-call]
 
+    def gradient_sizes(self) -> torch.Tensor:
+        """[1] the norm of the whole gradient."""
+        self._norm = gradient_norm(self._parameters.values())
+        return self._norm[None]
+
     def clip_and_step(self) -> torch.Tensor:
-        """One optimizer step; the gradient's norm before clipping, not read."""
-        norm = clip_gradients(self._parameters.values(), self._max_grad_norm)
+        """One optimizer step; the gradient's norm before clipping, not read. After `gradient_sizes`."""
+        clip_gradients(self._parameters.values(), self._max_grad_norm, self._norm)
         self._optimizer.step()
+        self.drop_gradient()
+        return self._norm
+
+    def drop_gradient(self) -> None:
+        """The gradients are gone without a step."""
         self._optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step."""
@@ -108,7 +124,7 @@ class PlainEngine:
             return None
         weights = {name: _on_cpu(parameter) for name, parameter in self._parameters.items()}
         moments = {
-            f"{name}.{moment}": _on_cpu(self._optimizer.state[parameter][moment])
+            f"{name}.{moment}": _on_cpu(self._optimizer.state[parameter].get(moment, torch.zeros_like(parameter)))
             for name, parameter in self._parameters.items()
             for moment in MOMENTS
         }
@@ -141,6 +157,7 @@ class ZeroEngine:
         self._pack = Packs(model, always_images=self._stage == 3)
         optimizer = make_optimizer(self._parameters.values(), settings)
         self._engine, _ = ranks.accelerator.prepare(model, optimizer)
+        self._stepped = False  # the optimizer has moments to give
 
     def __call__(self, pack: Batch) -> torch.Tensor:
         """The loss summed over one pack's targets, with a graph."""
@@ -156,9 +173,32 @@ class ZeroEngine:
         """Adds a pack's gradient."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    def gradient_sizes(self) -> torch.Tensor:
+        """[any] norms of this rank's shares of the gradient, in DeepSpeed's buffers."""
+        zero = self._engine.optimizer
+        shares = [share for group in zero.averaged_gradients.values() for share in group or () if share is not None]
+        flat = zero.fp32_partitioned_groups_flat if self._stage == 3 else []
+        shares += [share.grad for share in flat if share.grad is not None]  # where they are when the optimizer is offloaded
+        return torch.stack([norm.to(self._ranks.device) for norm in torch._foreach_norm(shares)])
+
+    def drop_gradient(self) -> None:
+        """What DeepSpeed does itself where it finds that a gradient overflowed, which in bfloat16 it does not look for."""
+        zero = self._engine.optimizer
+        if self._stage == 3:
+            zero._pre_step()
+            zero._partition_all_parameters()
+            zero._overflow_clean_up(None)
+            return
+        zero.micro_step_id = INITIAL_MICRO_STEP
+        zero.zero_grad(set_to_none=True)
+        zero._release_preflattened_grad_buffers()
+        for group in list(zero.averaged_gradients):
+            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+
     def clip_and_step(self) -> torch.Tensor:
         """One optimizer step, clipped by DeepSpeed to its `gradient_clipping`; the gradient's norm before."""
         self._engine.step()
+        self._stepped = True
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._ranks.device)
 
     def set_lr(self, lr: float) -> None:
@@ -171,8 +211,11 @@ class ZeroEngine:
 
         trained = Trained({}, {})
         for name, parameter in self._parameters.items():
-            whole = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
             weight = safe_get_full_fp32_param(parameter)
+            whole = {
+                moment: safe_get_full_optimizer_state(parameter, moment) if self._stepped else torch.zeros_like(weight)
+                for moment in MOMENTS
+            }
             if self._ranks.is_main:
                 trained.weights[name] = _on_cpu(weight)
                 trained.moments.update({f"{name}.{moment}": _on_cpu(tensor) for moment, tensor in whole.items()})
@@ -189,6 +232,7 @@ class ZeroEngine:
                 "step": torch.tensor(float(step), device=share.device),
                 **{moment: torch.zeros_like(share) for moment in MOMENTS},
             }
+        self._stepped = True
         if self._stage != 3:
             zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed calls after the first step
         for name, parameter in self._parameters.items():

@@ -100,8 +100,13 @@ class Record:
         if self._is_main:
             self._metrics.write(row)
 
-    def ledger(self, step: Step, dropped: Sequence[Dropped]) -> None:
-        """Which examples made a step, over all ranks; after an epoch's last one, whether each example was where planned."""
+    def ledger(self, step: Step, dropped: Sequence[Dropped], *, skipped: str | None = None) -> None:
+        """Which examples made a step, over all ranks; after an epoch's last one, whether each example was where planned.
+
+        Args:
+            dropped: examples of the step that it went without.
+            skipped: why the step was not taken at all.
+        """
         if not self._is_main:
             return
         self.dropped(dropped, step=step.number + 1)
@@ -110,7 +115,9 @@ class Record:
         kept = [(name, n) for name, n in chosen if name not in gone]
         targets = int(self._data.lengths.targets[[n for _, n in kept]].sum())
         ids = [name for name, _ in kept]
-        self._ledger.write({"step": step.number + 1, "epoch": step.epoch, "ids": ids, "targets": targets})
+        trained = {"ids": ids, "targets": targets} if skipped is None else {"ids": [], "targets": 0}
+        left_out = {} if skipped is None else {"skipped": ids, "reason": skipped}
+        self._ledger.write({"step": step.number + 1, "epoch": step.epoch, **trained, **left_out})
         if step.ends_epoch:
             self._ledger.write({"step": step.number + 1, "epoch": step.epoch, **self._coverage(step.epoch)})
 
@@ -152,25 +159,29 @@ class Meter:
 
     def start(self) -> None:
         """Begins a row now."""
-        self._loss_sum: torch.Tensor | None = None
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
         self._grad_norm: torch.Tensor | None = None
+        self._skipped = 0
         self._examples = self._images = self._tokens = self._padding = self._targets = self._patches = 0
         self._useful_flops = 0.0
         self._data_wait_s = 0.0
         self._started = time.perf_counter()
 
-    def add(self, packs: Sequence[Batch], loss_sum: torch.Tensor, grad_norm: torch.Tensor, data_wait_s: float) -> None:
+    def add(self, packs: Sequence[Batch], losses: torch.Tensor, grad_norm: torch.Tensor | None, data_wait_s: float) -> None:
         """One step of this rank.
 
         Args:
             packs: this rank's.
-            loss_sum: scalar on the device, summed over their targets.
-            grad_norm: scalar on the device, before clipping.
+            losses: [packs] on the device, each summed over its pack's targets.
+            grad_norm: scalar on the device, before clipping; None: the step was skipped, and counts for nothing but time.
             data_wait_s: seconds the step waited for the loader.
         """
-        self._loss_sum = loss_sum if self._loss_sum is None else self._loss_sum + loss_sum
-        self._grad_norm = grad_norm
         self._data_wait_s += data_wait_s
+        if grad_norm is None:
+            self._skipped += 1
+            return
+        self._loss_sum = self._loss_sum + losses.sum()
+        self._grad_norm = grad_norm
         for pack in packs:
             self._examples += len(pack.example_ids)
             self._images += pack.num_images
@@ -184,7 +195,6 @@ class Meter:
 
     def row(self) -> dict[str, Any]:
         """The columns of metrics.jsonl since the last row, over all ranks; starts the next one (all ranks)."""
-        assert self._loss_sum is not None and self._grad_norm is not None, "a row needs at least one step"
         counts = [
             self._examples,
             self._images,
@@ -195,13 +205,15 @@ class Meter:
             self._useful_flops,
         ]
         sums = torch.tensor([*counts, 0.0], dtype=torch.float64, device=self._ranks.device)
-        sums[-1] = self._loss_sum.double()
+        sums[-1] = self._loss_sum
         examples, images, tokens, padding, targets, patches, flops, loss = self._ranks.sum(sums).tolist()
         seconds = time.perf_counter() - self._started
+        trained = self._grad_norm is not None  # false: every step was skipped
         row = {
-            "train/loss": loss / max(1.0, targets),
-            "train/grad_norm": float(self._grad_norm),
+            "train/loss": loss / max(1.0, targets) if trained else None,
+            "train/grad_norm": float(self._grad_norm) if self._grad_norm is not None else None,
             "train/target_tokens": int(targets),
+            "train/skipped_steps": self._skipped,
             "perf/examples_per_s": examples / seconds,
             "perf/images_per_s": images / seconds,
             "perf/target_tokens_per_s": targets / seconds,

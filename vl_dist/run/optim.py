@@ -15,13 +15,15 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], settings: OptimConf
     )
 
 
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """Scales gradients down to a total norm of `max_norm`, if given; the norm before that, not read (all ranks alike)."""
-    trained = list(parameters)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """The total norm of all gradients, a scalar that is not read."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float | None, norm: torch.Tensor) -> None:
+    """Scales gradients down from their total norm to `max_norm`, if given and smaller."""
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-    return norm
+        torch.nn.utils.clip_grads_with_norm_(list(parameters), max_norm, norm)
 
 
 def lr_factor(settings: OptimConfig, step: int, *, num_steps: int) -> float:
