@@ -23,7 +23,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from tests.commands import ROOT, read_rows, run_command
 from vl_dist import cli
-from vl_dist.config import keys, load
+from vl_dist.config import keys, load, plain
 
 RECIPE = ROOT / "recipes" / "shapes.yaml"
 NUM_STEPS, STEPS_PER_EPOCH = 45, 15  # 12 drawings of five captions in steps of four examples, three epochs
@@ -458,7 +458,7 @@ def test_help_lists_every_key_with_type_unit_default_and_meaning() -> None:
     listed = dict(re.findall(r"^(\S+)  \((.+)\)\n    \S", ended.stdout, flags=re.MULTILINE))
     assert listed.keys() == {key.path for key in keys()}
     for key in keys():
-        default = "null" if key.default is None else str(key.default)
+        default = "null" if key.default is None else str(plain(key.default))
         unit = f" in {key.unit}" if key.unit else ""
         assert listed[key.path] == f"{key.type}{unit}; default {default}"
         assert f"\n    {key.meaning}\n" in ended.stdout + "\n" and len(key.meaning) > 3
