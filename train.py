@@ -25,6 +25,7 @@ from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run import directory
+from vl_dist.run.alive import Watch
 from vl_dist.run.best import BestCheckpoint, choose_final
 from vl_dist.run.build import load_data, load_frequency, load_model
 from vl_dist.run.checkpoint import TrainState, restore, try_save
@@ -53,6 +54,7 @@ class Run:
     processor: Any
     data: RunData
     plan: Plan
+    watch: Watch
     late: LateFaults
     nonfinite: NonFiniteSteps
     frequency: DocumentFrequency | None  # for CIDEr-D, if not that of the held-out answers
@@ -135,7 +137,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
 def remaining_steps(run: Run) -> Iterator[StepPacks]:
     """This rank's packs of every step that is left, in the order of the plan."""
     config = run.config
-    return load_steps(
+    shares = load_steps(
         run.plan.steps(run.first_step),
         run.data.train,
         rank=run.ranks.rank,
@@ -145,6 +147,11 @@ def remaining_steps(run: Run) -> Iterator[StepPacks]:
         num_workers=config.data.num_workers,
         pin_memory=run.ranks.device.type == "cuda",
     )
+    run.watch.doing("loading the first step")
+    for share in shares:
+        run.watch.doing(f"in step {share.step.number + 1}")
+        yield share
+        run.watch.doing(f"loading after step {share.step.number + 1}")
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
@@ -156,6 +163,12 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
     """The row with the scores of the held-out records, if there are any (all ranks)."""
     if run.data.held_out is None:
         return row
+    show = run.console.evaluation_progress()
+
+    def on_progress(done: int, total: int) -> None:
+        run.watch.doing(f"captioning after step {step}, {done} of {total}")
+        show(done, total)
+
     with run.engine.whole_model():
         evaluation = evaluate(
             run.model,
@@ -165,7 +178,7 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
             tokenizer=run.processor.tokenizer,
             max_tokens=run.config.batch.max_tokens_per_pack,
             frequency=run.frequency,
-            on_progress=run.console.evaluation_progress(),
+            on_progress=on_progress,
         )
     if run.ranks.is_main:
         write_samples(run.config.run.output_dir / "samples", step, evaluation.samples)
@@ -175,6 +188,7 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
 
 def save(run: Run, step: int, epoch: float) -> str | None:
     """A checkpoint of this step; None, or why the disk did not take it (all ranks; the main process writes)."""
+    run.watch.doing(f"saving step {step}")
     trained = run.engine.trained()
 
     def write() -> str | None:
@@ -203,7 +217,7 @@ def export(run: Run, step: int) -> None:
     run.ranks.on_main(write)
 
 
-def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start, launch: Launch) -> Run:
+def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start, launch: Launch, watch: Watch) -> Run:
     """Data, model and optimizer, from the cheapest check to the dearest; the output directory last (all ranks).
 
     Raises:
@@ -232,6 +246,7 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
     if ranks.is_main:
         directory.begin(config, start)
         write_bad_rows(config.run.output_dir / BAD_ROWS, data.bad)
+        Watch.clear(config.run.output_dir)
     ranks.wait()
     record = Record(config.run.output_dir, is_main=ranks.is_main, keep_to_step=first_step, data=data.train, plan=plan)
     record.dropped(data.dropped, step=0)
@@ -248,6 +263,7 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         processor=processor,
         data=data,
         plan=plan,
+        watch=watch,
         late=late,
         nonfinite=NonFiniteSteps(config.optim.nonfinite, ranks, num_skipped=restored.state.skipped if restored else 0),
         frequency=frequency,
@@ -263,7 +279,10 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
 def run_once(config: Config, ending: Ending) -> Outcome:
     """One run from its settings to its adapter (all ranks)."""
     launch = read_launch(config, os.environ)
-    ranks = Ranks.start(launch, cpu_threads=config.run.cpu_threads)
+    stall_s = config.run.stall_timeout
+    # A collective waits longer than the watch, which can name the rank that is missing.
+    timeout_s = None if stall_s is None else stall_s + 120.0
+    ranks = Ranks.start(launch, cpu_threads=config.run.cpu_threads, timeout_s=timeout_s)
     limit = TimeLimit.of_this_process(config.run.max_time) if ranks.is_main and config.run.max_time is not None else None
     stop = StopRequest(config.run.output_dir, watch_file=ranks.is_main, limit=limit)
     stop.listen()
@@ -272,15 +291,19 @@ def run_once(config: Config, ending: Ending) -> Outcome:
     console.start(start, config.run.output_dir)
     if start.finished:
         return Outcome(FINISHED, "was finished before", 0)
-    run = prepare(config, ranks, console, start, launch)
+    watch = Watch(config.run.output_dir, ranks.rank, stall_s=stall_s, on_verdict=ending.lost)
+    run = prepare(config, ranks, console, start, launch, watch)
     console.prepared(
         run.config, run.data, run.model, launch, num_steps=run.plan.num_steps, first_step=run.first_step, ranks=ranks
     )
-    ending.step, ending.training = run.first_step, True
-    with console, stop.deferred():
+    ending.step, ending.training, ending.watch = run.first_step, True, watch
+    with console, stop.deferred(), watch:
         outcome = train(run, stop, ending)
         if outcome.code == FINISHED:
             export(run, outcome.step)
+    ranks.wait()
+    if ranks.is_main:
+        Watch.remove(config.run.output_dir)
     console.end(outcome.code == FINISHED, outcome.reason, config.run.output_dir)
     ranks.close()
     return outcome

@@ -92,6 +92,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "log.peak_tflops": _above(0),
     "run.seed": _at_least(0),
     "run.cpu_threads": _at_least(1),
+    "run.stall_timeout": _above(0),
 }
 
 

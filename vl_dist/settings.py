@@ -170,6 +170,12 @@ class RunConfig:
     output_dir: Path = key(Path("runs/latest"), "what the run leaves behind", trains=False)
     seed: int = key(0, "seed of data order, LoRA weights and dropout")
     resume: str = key("auto", "auto: newest complete checkpoint; never: from step 0; or a directory", trains=False)
+    stall_timeout: float | None = key(
+        1800.0,
+        "end the run and write stacks where no rank has moved for so long; null: never",
+        "seconds",
+        trains=False,
+    )
     allow_changes: bool = key(False, "go on with a run although settings that shape it changed", trains=False)
     final: Literal["last", "best"] = key("last", "adapter/ is that of the last step, or of checkpoints/best", trains=False)
     max_time: str | None = key(

@@ -7,6 +7,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -34,8 +35,13 @@ class Ranks:
         self.device: torch.device = accelerator.device
 
     @classmethod
-    def start(cls, launch: Launch, *, cpu_threads: int | None) -> "Ranks":
+    def start(cls, launch: Launch, *, cpu_threads: int | None, timeout_s: float | None = None) -> "Ranks":
         """Joins the process group that the launcher announced, if it announced one (all ranks).
+
+        Args:
+            launch: what the launcher asks for.
+            cpu_threads: of this process, on a CPU; None: its share of the cores.
+            timeout_s: how long a collective waits for a rank; None: as torch has it.
 
         Raises:
             UserError: it announced one, and this process is alone nevertheless.
@@ -43,8 +49,11 @@ class Ranks:
         on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu"
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when accelerate imports deepspeed
+        timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         ranks = cls(
-            Accelerator(cpu=on_cpu) if launch.deepspeed is None else _with_deepspeed(launch.deepspeed, on_cpu=on_cpu)
+            Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+            if launch.deepspeed is None
+            else _with_deepspeed(launch.deepspeed, timeout, on_cpu=on_cpu)
         )
         refuse_lost_ranks(os.environ, ranks.world_size)
         if ranks.device.type == "cpu":
@@ -170,7 +179,7 @@ class Ranks:
         return max(1, cores // here)
 
 
-def _with_deepspeed(settings: dict[str, Any], *, on_cpu: bool) -> Accelerator:
+def _with_deepspeed(settings: dict[str, Any], timeout: timedelta | None, *, on_cpu: bool) -> Accelerator:
     if find_spec("deepspeed") is None:
         raise UserError("The launcher asks for DeepSpeed, which is not installed: pip install deepspeed, or use ddp.yaml.")
     try:
@@ -185,8 +194,8 @@ def _with_deepspeed(settings: dict[str, Any], *, on_cpu: bool) -> Accelerator:
         # A collective that training never calls, and that the first start would spend a minute compiling.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Not cpu=True, with which accelerate forgets DeepSpeed; without the name of the backend it would believe it is alone.
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    group = InitProcessGroupKwargs(backend="gloo", timeout=timeout) if on_cpu else InitProcessGroupKwargs(timeout=timeout)
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
     # accelerate tells transformers of stage 3, whatever zero3_init_flag says: it would load every weight in float32, and
     # make ranks take each step of a caption together, however many captions each has.
     unset_hf_deepspeed_config()

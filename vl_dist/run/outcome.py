@@ -7,10 +7,12 @@ from pathlib import Path
 from types import TracebackType
 
 from vl_dist.errors import SharedError, UserError
+from vl_dist.run.alive import Watch
 from vl_dist.run.directory import obstacle
 from vl_dist.run.files import OUTCOME
 
 FINISHED, BUG, WRONG_INPUT, STOPPED = 0, 1, 2, 85
+SECONDS_TO_LOOK = 5.0  # for a rank whose end made this one fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Ending:
         self._file = output_dir / OUTCOME
         self._is_main = is_main
         self.step = 0  # kept up to date by the loop
+        self.watch: Watch | None = None  # set by the loop
         self.training = False  # set by the loop
         self.outcome = Outcome(BUG, "ended without saying why", 0)
 
@@ -54,10 +57,21 @@ class Ending:
         elif isinstance(error, KeyboardInterrupt):
             self.outcome = Outcome(STOPPED, f"stopped before training ({error or 'Ctrl-C'}); start again", self.step)
         elif error is not None:
+            gone = self.watch.others_gone(SECONDS_TO_LOOK) if self.watch is not None else None
+            if self.watch is not None and gone is not None:  # then this error is only how this rank learnt of it
+                self.lost(f"{gone} (stacks: {self.watch.write_stacks(error)})")
+                return True
             self.outcome = Outcome(BUG, f"{type(error).__name__}: {error}", self.step)
         if speaks:
             self._write()
         return isinstance(error, UserError | KeyboardInterrupt)
+
+    def lost(self, gone: str) -> None:
+        """Another rank is gone, or stands still: whichever rank finds it first says so."""
+        self.outcome = Outcome(BUG, f"{gone}; start again to go on from the last checkpoint", self.step)
+        if not self._file.is_file():
+            sys.stderr.write(f"{self.outcome.reason}\n")
+            self._write()
 
     def _write(self) -> None:
         if obstacle(self._file.parent) is not None:
