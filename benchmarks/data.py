@@ -125,22 +125,19 @@ def planning_time(count: int, lengths: Lengths, examples_per_step: int) -> tuple
     return time.perf_counter() - started, len(steps)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Figures of the data plane.")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the examples")
-    share = 100 if parser.parse_args().quick else 1
-    rng = np.random.default_rng(0)
-    console = Console(width=120)
-
-    times = Table("plan of one epoch", "examples", "steps", "seconds", "process peak GiB")
+def plan_table(share: int, rng: np.random.Generator) -> Table:
+    """How long planning takes."""
+    table = Table("plan of one epoch", "examples", "steps", "seconds", "process peak GiB")
     for name, make, count in (("COCO-like", coco_like, 414_113 // share), ("mix", mixed, 10_000_000 // share)):
         lengths = make(count, rng)
         seconds, steps = planning_time(count, lengths, 128)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        times.add_row(name, f"{count:,}", f"{steps:,}", f"{seconds:.2f}", f"{peak:.2f}")
-    console.print(times)
+        table.add_row(name, f"{count:,}", f"{steps:,}", f"{seconds:.2f}", f"{peak:.2f}")
+    return table
 
+
+def balance_table(rng: np.random.Generator) -> Table:
+    """How busy ranks are and how full packs, in our way and in the usual ones."""
     table = Table(
         "lengths", "ranks", "examples a step", "way", "busy, mean", "busy, worst", "dominated", "padding", "assign ms"
     )
@@ -173,8 +170,11 @@ def main() -> None:
                 f"{sum(b.num_padding for b in found) / sum(b.num_tokens for b in found):.3f}",
                 f"{assign_ms:.1f}" if way == "ours" else "",
             )
-    console.print(table)
+    return table
 
+
+def index_table(share: int) -> Table:
+    """The lengths index, cold and warm."""
     cold_s, warm_s, megabytes = index_times(num_images=8_000 // share, captions=5)
     index = Table("lengths index", "records", "images", "cold s", "warm s", "MB")
     index.add_row(
@@ -185,13 +185,29 @@ def main() -> None:
         f"{warm_s:.2f}",
         f"{megabytes:.1f}",
     )
-    console.print(index)
+    return index
 
+
+def loading_table(share: int) -> Table:
+    """Images through the collator, beside a bare loop."""
     bare, ours = images_per_s(num_images=600 // share, rounds=5)
     loading = Table("one core, 640x480 photographs to 280x280", "images/s")
     loading.add_row("bare decode + resize + processor", f"{bare:.1f}")
     loading.add_row("collator: with tokens, positions and masks of each example", f"{ours:.1f}")
-    console.print(loading)
+    return loading
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Figures of the data plane.")
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the examples")
+    share = 100 if parser.parse_args().quick else 1
+    rng = np.random.default_rng(0)
+    console = Console(width=120)
+    console.print(plan_table(share, rng))
+    console.print(balance_table(rng))
+    console.print(index_table(share))
+    console.print(loading_table(share))
 
 
 if __name__ == "__main__":

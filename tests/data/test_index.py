@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vl_dist.data import index
+from vl_dist.data import index, index_tables
 from vl_dist.data.encode import Encoder
 from vl_dist.data.examples import Examples
 from vl_dist.data.images import PatchShape
-from vl_dist.data.index import FOLDER, IndexedFile, Indexer
+from vl_dist.data.index import FOLDER, Indexer
+from vl_dist.data.index_tables import IndexedFile
 from vl_dist.settings import DataConfig, TrainFile
 
 
@@ -179,7 +180,7 @@ def test_a_folder_that_takes_no_index_leaves_it_in_memory_and_says_why(
     def full(path: Path, columns: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index, "_write_table", full)
+    monkeypatch.setattr(index_tables, "_write_table", full)
     file, encoded = opened(records, processor, shape)
     assert encoded == 6 and len(file.lengths) == 6
     assert file.uncached is not None and "No space left" in file.uncached
@@ -190,7 +191,7 @@ def test_without_datasets_everything_is_in_memory(
     records: Path, processor: Any, shape: PatchShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_disk, _ = opened(records, processor, shape)
-    monkeypatch.setattr(index, "_datasets_installed", lambda: False)
+    monkeypatch.setattr(index, "datasets_installed", lambda: False)
     file, encoded = opened(records, processor, shape)
     assert encoded == 6 and file.uncached is None
     assert shown(file) == shown(on_disk)
@@ -208,7 +209,7 @@ def test_only_the_indexes_used_last_are_kept(records: Path, processor: Any, shap
 WORKER = """
 import sys, time
 from pathlib import Path
-from vl_dist.data import index
+from vl_dist.data import index, index_tables
 from vl_dist.data.encode import Encoder
 from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.settings import DataConfig, TrainFile

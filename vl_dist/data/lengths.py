@@ -236,10 +236,9 @@ def fit(
         if isinstance(shrunk, str):
             kept[n] = False
             dropped.append(Dropped(example.id, shrunk))
-            continue
-        assert shrunk.max_pixels is not None
-        smaller[n] = shrunk.max_pixels, size_of(encoder.encode(shrunk, reader.grids(shrunk)))
-        assert smaller[n][1][0] <= max_tokens, "the shrunk example does not fit"
+        else:
+            smaller[n] = shrunk.max_pixels or 0, size_of(encoder.encode(shrunk, reader.grids(shrunk)))
+            assert smaller[n][0] > 0 and smaller[n][1][0] <= max_tokens, "the shrunk example does not fit"
     if not smaller and not dropped:
         return Fitted(examples, lengths, ())
     columns = lengths.columns

@@ -163,11 +163,7 @@ def plan_epoch(
                 chosen = order[start:end]
                 chosen[:] = chosen[np.argsort(groups.costs[chosen], kind="stable")]
             ranking[:num_full] = rng.permutation(num_full)
-    sizes = groups.sizes[order]
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    offsets = np.repeat(groups.starts[:-1][order] - ends[:-1], sizes) + np.arange(num_examples)
-    examples = groups.members[offsets]
-    bounds = ends[cut(sizes, examples_per_step)]
+    examples, bounds = _examples_in(order, groups, examples_per_step)
     return [
         Step(
             number=first + n,
@@ -178,6 +174,16 @@ def plan_epoch(
         )
         for n, k in enumerate(ranking.tolist())
     ]
+
+
+def _examples_in(
+    order: NDArray[np.int64], groups: Groups, examples_per_step: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The examples of groups in this order, one after the other, and where they are cut into steps."""
+    sizes = groups.sizes[order]
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    offsets = np.repeat(groups.starts[:-1][order] - ends[:-1], sizes) + np.arange(ends[-1])
+    return groups.members[offsets], ends[cut(sizes, examples_per_step)]
 
 
 def cut(sizes: NDArray[np.int64], examples_per_step: int) -> NDArray[np.int64]:
