@@ -13,7 +13,7 @@ from vl_dist.data.encode import Encoder
 from vl_dist.data.examples import Examples
 from vl_dist.data.groups import Groups, group_examples, group_numbers
 from vl_dist.data.images import PatchShape
-from vl_dist.data.index import IndexedFile
+from vl_dist.data.index_tables import IndexedFile
 from vl_dist.data.lengths import Dropped, HeaderReader, Lengths, fit
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.plan import Plan, make_plan

@@ -80,6 +80,7 @@ class ArrowFile:
 
 @functools.cache
 def datasets_installed() -> bool:
+    """Whether tables can be written and mapped here."""
     try:
         import datasets  # noqa: F401 - slow to import, and absent on some GPU images
     except ImportError:
