@@ -33,6 +33,10 @@ class Ranks:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
+        # What processes agree on between steps goes over the hosts: over the devices it would wait for all queued work.
+        self._hosts: Any = None
+        if self.world_size > 1 and self.device.type != "cpu":
+            self._hosts = torch.distributed.new_group(backend="gloo")
 
     @classmethod
     def start(cls, launch: Launch, *, cpu_threads: int | None, timeout_s: float | None = None) -> "Ranks":
@@ -74,19 +78,21 @@ class Ranks:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; one read a call where there are several (all ranks)."""
+        """Whether the flag is set on any rank; as `counts` (all ranks)."""
         if self.world_size == 1:
             return flag
         return self.counts(int(flag))[0] > 0
 
     def counts(self, *own: int) -> list[int]:
-        """Each count summed over ranks; one read where there are several (all ranks)."""
+        """Each count summed over ranks, host to host; no device is waited for (all ranks)."""
         if self.world_size == 1:
             return list(own)
-        return [int(n) for n in self.sum(torch.tensor(own, device=self.device)).tolist()]
+        total = torch.tensor(own)
+        torch.distributed.all_reduce(total, group=self._hosts)
+        return [int(n) for n in total.tolist()]
 
     def all_finite(self, *values: torch.Tensor) -> bool:
-        """Whether all these numbers on all ranks are numbers; the one read of a step (all ranks)."""
+        """Whether all these numbers on all ranks are numbers; the one read of a device in a step (all ranks)."""
         strange = sum((~torch.isfinite(value)).sum().to(self.device) for value in values)
         return bool(self.sum(torch.as_tensor(strange, device=self.device)).item() == 0)
 
@@ -125,7 +131,7 @@ class Ranks:
         return next(self.together(action() for _ in range(1)))
 
     def together(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, of which each rank has as many; one read an item where there are several ranks (all ranks).
+        """The items, of which each rank has as many; none goes on before all have theirs (all ranks).
 
         Raises:
             UserError: a rank met one making its item; every rank raises it, so that none waits for the others.

@@ -82,6 +82,7 @@ class PlainEngine:
         self._parameters = model.lora_parameters
         self._pack = Packs(model, always_images=False)
         self._max_grad_norm = settings.max_grad_norm
+        self._norm: torch.Tensor | None = None  # of the gradient that is there, once asked for
         self._optimizer = make_optimizer(self._parameters.values(), settings)
         self._wrapped: nn.Module = ranks.accelerator.prepare_model(model)
 
@@ -104,14 +105,16 @@ class PlainEngine:
         return self._norm[None]
 
     def clip_and_step(self) -> torch.Tensor:
-        """One optimizer step; the gradient's norm before clipping, not read. After `gradient_sizes`."""
-        clip_gradients(self._parameters.values(), self._max_grad_norm, self._norm)
+        """One optimizer step; the gradient's norm before clipping, not read."""
+        norm = gradient_norm(self._parameters.values()) if self._norm is None else self._norm
+        clip_gradients(self._parameters.values(), self._max_grad_norm, norm)
         self._optimizer.step()
         self.drop_gradient()
-        return self._norm
+        return norm
 
     def drop_gradient(self) -> None:
         """The gradients are gone without a step."""
+        self._norm = None
         self._optimizer.zero_grad(set_to_none=True)
 
     def set_lr(self, lr: float) -> None:
