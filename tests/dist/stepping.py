@@ -99,8 +99,9 @@ def take_steps(case: Case, ranks: Ranks, engine: Recorded, collator: Collator) -
         share = (LAST if n == 2 else SHARES)[ranks.world_size, case.num_packs][ranks.rank]
         packs = [collator.pack([SEVEN[k] for k in members]) for members in share]
         engine.set_lr(rate)
-        loss_sum, norm = train_step(packs, SimpleNamespace(ranks=ranks, engine=engine))  # type: ignore[arg-type]
-        losses.append(ranks.sum(loss_sum))
+        own, norm = train_step(packs, SimpleNamespace(ranks=ranks, engine=engine))  # type: ignore[arg-type]
+        assert norm is not None
+        losses.append(ranks.sum(own.sum()))
         norms.append(norm.detach().clone().float().reshape(()))
         inner = getattr(engine.engine, "_optimizer", None) or engine.engine._engine.optimizer
         rates.append(inner.param_groups[0]["lr"])
