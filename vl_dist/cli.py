@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vl_dist.adapter.command import add_commands as add_adapter_commands
 from vl_dist.config import dump, keys, load, plain, split_words, value_at
 from vl_dist.data.sources.command import add_command as add_prepare
 from vl_dist.errors import UserError
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--key", help="print only the value of this key")
     show.set_defaults(run=_settings)
     add_predict(commands)
+    add_adapter_commands(commands)
     add_prepare(commands)
     add_plan(commands)
     add_report(commands)
