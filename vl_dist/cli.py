@@ -9,7 +9,7 @@ from vl_dist.adapter.command import add_commands as add_adapter_commands
 from vl_dist.config import dump, keys, load, plain, split_words, value_at
 from vl_dist.data.sources.command import add_command as add_prepare
 from vl_dist.errors import UserError
-from vl_dist.evaluate.command import add_predict
+from vl_dist.evaluate.command import add_commands as add_inference_commands
 from vl_dist.forecast.command import add_command as add_plan
 from vl_dist.report.command import add_command as add_report
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="as for train.py")
     show.add_argument("--key", help="print only the value of this key")
     show.set_defaults(run=_settings)
-    add_predict(commands)
+    add_inference_commands(commands)
     add_adapter_commands(commands)
     add_prepare(commands)
     add_plan(commands)
