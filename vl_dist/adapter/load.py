@@ -141,7 +141,7 @@ def _dtype(contract: AdapterContract, device: torch.device) -> torch.dtype:
 
 
 def _load_model(directory: Path, base_dir: Path, dtype: torch.dtype) -> PeftModel:
-    with _without_bars():
+    with without_bars():
         base = load_base(base_dir, dtype, "sdpa")
     try:
         model = load_adapter(base, directory)
@@ -161,7 +161,7 @@ def _load_model(directory: Path, base_dir: Path, dtype: torch.dtype) -> PeftMode
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Transformers shows a bar even where standard error is a file, between the lines of a command."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

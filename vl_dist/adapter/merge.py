@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from vl_dist.adapter.base_files import num_weight_bytes, stored_dtype
 from vl_dist.adapter.contract import read_contract
-from vl_dist.adapter.load import LoadedAdapter, find_base, load
+from vl_dist.adapter.load import LoadedAdapter, find_base, load, without_bars
 from vl_dist.adapter.probe import distance, next_logits, tolerance
 from vl_dist.errors import UserError
 
@@ -59,7 +59,8 @@ def merge(
     try:
         temporary.mkdir(parents=True)
         merged.generation_config = generation_config(adapter)
-        merged.save_pretrained(temporary, max_shard_size=shard_size)
+        with without_bars():
+            merged.save_pretrained(temporary, max_shard_size=shard_size)
         adapter.processor.save_pretrained(temporary)
         temporary.replace(out)
     except (OSError, ValueError, SafetensorError) as error:  # safetensors wraps what the system says

@@ -95,7 +95,7 @@ def _evaluate_on(ranks: "Ranks", arguments: argparse.Namespace) -> None:
     from vl_dist.adapter.load import choose_budget
     from vl_dist.evaluate.records import Job, evaluate_records, write_samples
 
-    def job() -> Job:
+    def read() -> Job:
         contract = read_contract(arguments.adapter)
         if arguments.samples is not None and not arguments.samples.absolute().parent.is_dir():
             raise UserError(f"There is no folder for the samples {arguments.samples}; give another --samples.")
@@ -110,7 +110,7 @@ def _evaluate_on(ranks: "Ranks", arguments: argparse.Namespace) -> None:
             allow_other_prompt=arguments.allow_other_prompt,
         )
 
-    asked = ranks.each(job)
+    asked = ranks.each(read)
     with progress("captioning", 0, shown=ranks.is_main) as bar:
         found = evaluate_records(asked, ranks, bar.of_total)
     if arguments.samples is not None:
