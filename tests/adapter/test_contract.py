@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,7 @@ def test_other_pixels_or_another_prompt_need_a_flag(exported: Path) -> None:
         choose_prompt(contract, "What?", allow_other=False)
     assert choose_prompt(contract, "What?", allow_other=True) == asking("IMAGE", "What?")
     refuse_other_prompt(contract, asking("some/path.jpg"), "record", allow_other=False)
+    refuse_other_prompt(replace(contract, prompt_share=0.9), asking("a.jpg", "What?"), "record", allow_other=False)
 
 
 def test_the_processor_files_bound_images_as_training_did(exported: Path, photos: Path) -> None:

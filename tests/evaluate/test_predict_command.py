@@ -71,7 +71,7 @@ def test_one_bad_image_is_one_line_and_the_others_are_captioned(ask: Any, photos
     code, lines, errors = ask(rocket, bad, absent, cat, "--batch-size", "2")
     assert code == 2
     assert [line.split(": ")[0] for line in lines] == [str(rocket), str(cat)]
-    assert errors[0].startswith(f"{bad}: error: ") and errors[1] == f"{absent}: error: there is no such file"
+    assert errors[0].startswith(f"{bad}: error: image {bad}: ") and errors[1] == f"{absent}: error: there is no such file"
     assert errors[2].startswith(f"2 of 4 have no caption, first {bad}: ")
     code, lines, errors = ask(rocket, bad, "--json")
     assert code == 2 and len(errors) == 1

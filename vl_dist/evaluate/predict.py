@@ -4,7 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from vl_dist.adapter.load import LoadedAdapter
+from vl_dist.data.encode import Encoded
 from vl_dist.data.images import PixelBudget
 from vl_dist.data.record_files import BadRow, read_rows
 from vl_dist.data.records import Example, Message, with_images, without_images
@@ -102,20 +105,19 @@ def predict(
         batch_size: prompts answered together.
 
     Raises:
-        UserError: the device ran out of memory.
+        UserError: the device ran out of memory, or a text cannot be encoded.
     """
     collator = adapter.collator(questions.roots, budget)
     for start in range(0, len(questions.asked), batch_size):
         chosen = questions.asked[start : start + batch_size]
-        made, faults = [], {}
+        made: list[tuple[Encoded, torch.Tensor]] = []
+        faults: dict[int, str] = {}
         for n, one in enumerate(chosen):
-            if one.example is None:
-                faults[n] = one.fault
-                continue
-            try:
-                made.append(collator.prompt(one.example))
-            except UserError as error:
-                faults[n] = str(error).rstrip(".")
+            prompt = collator.try_prompt(one.example) if one.example is not None else str(one.fault)
+            if isinstance(prompt, str):
+                faults[n] = prompt
+            else:
+                made.append(prompt)
         ids = (
             answer_batch(
                 adapter.model.get_base_model(),
