@@ -210,11 +210,12 @@ def export(run: Run, step: int) -> None:
 
     def write() -> None:
         assert trained is not None, "the main process has all weights"
-        config, peft_model, examples = run.config, run.model.peft_model, run.data.train.examples
-        final = choose_final(config.run.output_dir, config.run.final, last_step=step)
-        export_adapter(peft_model, trained.weights, run.processor, config, examples=examples, final=final)
+        final = choose_final(run.config.run.output_dir, run.config.run.final, last_step=step)
+        peft_model, data = run.model.peft_model, run.data.train
+        export_adapter(peft_model, trained.weights, run.processor, run.config, data=data, final=final)
 
-    run.ranks.on_main(write)
+    with run.engine.whole_model():  # the adapter's probe runs it
+        run.ranks.on_main(write)
 
 
 def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start, launch: Launch, watch: Watch) -> Run:

@@ -1,14 +1,15 @@
 """The commands beside training. Each returns an exit code: 0 done, 2 the input is wrong."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vl_dist.adapter.command import add_commands as add_adapter_commands
 from vl_dist.config import dump, keys, load, plain, split_words, value_at
 from vl_dist.data.sources.command import add_command as add_prepare
 from vl_dist.errors import UserError
+from vl_dist.evaluate.command import add_commands as add_inference_commands
 from vl_dist.forecast.command import add_command as add_plan
 from vl_dist.report.command import add_command as add_report
 
@@ -39,14 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vl_dist", description="What goes with train.py.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    predict = commands.add_parser("predict", help="caption images as the adapter was trained to")
-    predict.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory that a run left in adapter/")
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    predict.add_argument("--base", type=Path, help="directory of the base model, if it is not where it was in training")
-    predict.add_argument("--batch-size", type=int, default=16, help="images captioned together (default 16)")
-    predict.add_argument("--json", action="store_true", help="one JSON object an image instead of text")
-    predict.set_defaults(run=_predict)
-
     check = commands.add_parser("validate", help="read every record and image header, and report what cannot be used")
     check.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="as for train.py")
     check.add_argument("--out", type=Path, help="the report (default: bad_rows.jsonl in the training records' folder)")
@@ -57,27 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="as for train.py")
     show.add_argument("--key", help="print only the value of this key")
     show.set_defaults(run=_settings)
+    add_inference_commands(commands)
+    add_adapter_commands(commands)
     add_prepare(commands)
     add_plan(commands)
     add_report(commands)
     return parser
-
-
-def _predict(arguments: argparse.Namespace) -> None:
-    from vl_dist.evaluate.predict import predict  # torch is slow to import; other commands do without
-
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size is {arguments.batch_size}; it must be 1 or more.")
-    for path, caption in predict(
-        arguments.adapter, arguments.images, base_dir=arguments.base, batch_size=arguments.batch_size
-    ):
-        line = (
-            json.dumps({"image": str(path), "caption": caption}, ensure_ascii=False)
-            if arguments.json
-            else f"{path}: {caption}"
-        )
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
 
 
 def _validate(arguments: argparse.Namespace) -> None:

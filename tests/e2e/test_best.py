@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tests.commands import read_rows, run_command
+from vl_dist.adapter.load import load
 
 
 def test_the_best_checkpoint_stays_and_becomes_the_adapter(tmp_path: Path) -> None:
@@ -42,6 +43,7 @@ def test_the_best_checkpoint_stays_and_becomes_the_adapter(tmp_path: Path) -> No
     metadata = json.loads((run / "adapter" / "training_metadata.json").read_text())
     assert metadata["step"] == best_step
     assert metadata["scores"] == {name: value for name, value in rows[best_step].items() if name.startswith("eval/")}
+    load(run / "adapter", base_dir=None)  # its probe is the best checkpoint's, not the model's as training left it
     # Another wish for a finished run: the adapter is made anew, and nothing is trained.
     metrics = (run / "metrics.jsonl").read_bytes()
     again = run_command(sys.executable, "train.py", *words, "run.final=last")

@@ -436,12 +436,13 @@ def test_predict_refuses_what_is_no_adapter_or_no_image_in_one_message(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "notes.jpg").write_text("not an image")
+    (tmp_path / "empty").mkdir()
     adapter, image = str(finished.run / "adapter"), str(finished.home / "data" / "images")
     for arguments, part in (
         ([str(tmp_path), image], "training_metadata.json"),
         ([str(tmp_path / "absent"), image], "absent"),
         ([adapter, str(tmp_path / "absent.jpg")], "absent.jpg"),
-        ([adapter, image], "images"),
+        ([adapter, str(tmp_path / "empty")], "holds no image"),
         ([adapter, str(tmp_path / "notes.jpg")], "cannot be"),
     ):
         capsys.readouterr()

@@ -190,9 +190,16 @@ class Collator:
         Raises:
             UserError: an image cannot be used; the message names the example.
         """
+        made = self.try_prompt(example)
+        if isinstance(made, str):
+            raise UserError(f"Example {example.id}: {made}. Mend or remove the record.")
+        return made
+
+    def try_prompt(self, example: Example) -> tuple[Encoded, torch.Tensor] | str:
+        """As `prompt`, or why one of its images cannot be used."""
         images = self._images(example)
         if isinstance(images, str):
-            raise UserError(f"Example {example.id}: {images}. Mend or remove the record.")
+            return images
         grids = [grid_of_resized(image, self.shape) for image in images]
         return self.encoder.encode_prompt(example.prompt, grids), self._patches(images)
 

@@ -170,9 +170,23 @@ def usual_prompt(examples: Sequence[Example]) -> tuple[Message, ...]:
 
     Of many examples, some thousand evenly spaced ones are asked.
     """
-    chosen = examples[:: max(1, len(examples) // 2000)]
-    kinds = Counter(with_images(example.prompt, ["IMAGE"] * len(example.image_paths)) for example in chosen)
-    return kinds.most_common(1)[0][0]
+    return _prompt_counts(examples).most_common(1)[0][0]
+
+
+def prompt_share(examples: Sequence[Example], prompt: Sequence[Message]) -> float:
+    """Which part of the examples has this prompt, whatever their images; of many, some thousand are asked."""
+    counts = _prompt_counts(examples)
+    return counts[without_images(prompt)] / counts.total()
+
+
+def without_images(prompt: Sequence[Message]) -> tuple[Message, ...]:
+    """The conversation with a placeholder in each image's place: equal for equal prompts about other images."""
+    places = sum(isinstance(part, ImagePart) for message in prompt for part in message.parts)
+    return with_images(prompt, ["IMAGE"] * places)
+
+
+def _prompt_counts(examples: Sequence[Example]) -> Counter[tuple[Message, ...]]:
+    return Counter(without_images(example.prompt) for example in examples[:: max(1, len(examples) // 2000)])
 
 
 def with_images(prompt: Sequence[Message], paths: Sequence[str]) -> tuple[Message, ...]:

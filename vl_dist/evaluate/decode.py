@@ -28,22 +28,43 @@ def generate(
     Raises:
         UserError: an image cannot be used.
     """
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(collator.encoder.stop_ids),
-        pad_token_id=pad_id,
-    )
     for start in range(0, len(prompts), batch_size):
         chosen = range(start, min(start + batch_size, len(prompts)))
         made = [collator.prompt(prompts[n]) for n in chosen]
-        inputs = _left_padded([encoded for encoded, _ in made], [pixels for _, pixels in made], pad_id)
-        with torch.no_grad(), _out_of_memory_named(len(chosen)):
-            output = base.generate(
-                **{name: tensor.to(base.device) for name, tensor in inputs.items()}, generation_config=settings
-            )
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()
-        yield [(n, _until_end(ids, collator.encoder.stop_ids)) for n, ids in zip(chosen, new, strict=True)]
+        stop_ids = collator.encoder.stop_ids
+        answers = answer_batch(base, made, stop_ids=stop_ids, max_new_tokens=max_new_tokens, pad_id=pad_id)
+        yield list(zip(chosen, answers, strict=True))
+
+
+def answer_batch(
+    base: Any,
+    prompts: Sequence[tuple[Encoded, torch.Tensor]],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    pad_id: int,
+) -> list[list[int]]:
+    """New token ids of one batch, in order, without the end token.
+
+    Args:
+        base: as for `generate`.
+        prompts: each as `Collator.prompt` makes it.
+        stop_ids: tokens that end an answer.
+        max_new_tokens: longest answer.
+        pad_id: what shorter prompts are padded with on the left.
+
+    Raises:
+        UserError: the device ran out of memory.
+    """
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=pad_id
+    )
+    inputs = left_padded([encoded for encoded, _ in prompts], [pixels for _, pixels in prompts], pad_id)
+    with torch.no_grad(), _out_of_memory_named(len(prompts)):
+        output = base.generate(
+            **{name: tensor.to(base.device) for name, tensor in inputs.items()}, generation_config=settings
+        )
+    return [_until_end(ids, stop_ids) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
 @contextlib.contextmanager
@@ -54,11 +75,11 @@ def _out_of_memory_named(num_prompts: int) -> Iterator[None]:
         first_line = str(error).splitlines()[0]
         raise UserError(
             f"The device ran out of memory captioning {num_prompts} images together: {first_line} Lower eval.batch_size "
-            "(--batch-size of predict)."
+            "(--batch-size of predict and evaluate)."
         ) from None
 
 
-def _left_padded(encoded: Sequence[Encoded], pixels: Sequence[torch.Tensor], pad_id: int) -> dict[str, torch.Tensor]:
+def left_padded(encoded: Sequence[Encoded], pixels: Sequence[torch.Tensor], pad_id: int) -> dict[str, torch.Tensor]:
     """Inputs of `generate`: B prompts padded to the longest, T; P patches and I images of all, in order."""
     longest = max(item.num_tokens for item in encoded)
 

@@ -1,103 +1,135 @@
-"""Captions for images with a saved adapter, under the prompt, template and pixel budget of its training."""
+"""Captions for images or records with a saved adapter, under the prompt, template and pixel budget of its training."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
 
-from vl_dist.data.collate import Collator
-from vl_dist.data.encode import Encoder, template_hash
+from vl_dist.adapter.load import LoadedAdapter
+from vl_dist.data.encode import Encoded
 from vl_dist.data.images import PixelBudget
-from vl_dist.data.records import Example, Message, parse_messages, with_images
+from vl_dist.data.record_files import BadRow, read_rows
+from vl_dist.data.records import Example, Message, with_images, without_images
 from vl_dist.errors import UserError
-from vl_dist.evaluate.decode import generate
-from vl_dist.model.hub import find_model
-from vl_dist.model.load import load_adapter, load_base, load_processor, patch_shape, resolve_dtype
-from vl_dist.run.files import METADATA
-from vl_dist.settings import ModelConfig
+from vl_dist.evaluate.decode import answer_batch
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp")  # of images in a folder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterContract:
-    """What an adapter was trained with and inference must repeat; read from `training_metadata.json`."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One thing to answer, or why it cannot be asked."""
 
-    base_model: ModelConfig
-    prompt: tuple[Message, ...]  # image paths are placeholders
-    budget: PixelBudget
-    end_token: str | None
-    template: str  # hash of the chat template
-    max_new_tokens: int
+    name: str  # the image's path as it was given, or the record's id
+    example: Example | None  # its own answer is not looked at; its `file` counts in the roots
+    fault: str | None = None
+    is_record: bool = False
 
 
-def read_contract(adapter: Path) -> AdapterContract:
-    """The contract beside an adapter's weights.
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A caption, or why there is none."""
 
-    Raises:
-        UserError: not an adapter directory of ours, or its metadata is damaged.
-    """
-    path = adapter / METADATA
-    if not path.is_file():
-        raise UserError(f"{adapter} has no {METADATA}. Give the adapter/ directory that a run of train.py left.")
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return AdapterContract(
-            base_model=ModelConfig(**found["base_model"], dtype=found["dtype"]),
-            prompt=parse_messages(found["prompt"]),
-            budget=PixelBudget(**found["pixels"]),
-            end_token=found["end_token"],
-            template=found["template_hash"],
-            max_new_tokens=found["max_new_tokens"],
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
+    asked: Asked
+    caption: str | None
+    error: str | None = None
 
 
-def predict(adapter: Path, images: Sequence[Path], *, base_dir: Path | None, batch_size: int) -> Iterator[tuple[Path, str]]:
-    """A caption for each image, in order, batch by batch.
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """All that is asked, in order."""
+
+    asked: tuple[Asked, ...]
+    roots: tuple[Path, ...]  # what image paths are relative to, by `Example.file`
+
+    @property
+    def prompts(self) -> dict[tuple[Message, ...], str]:
+        """Every prompt that is asked, with placeholders for images, and the first that asks it."""
+        found: dict[tuple[Message, ...], str] = {}
+        for one in self.asked:
+            if one.example is not None:
+                found.setdefault(without_images(one.example.prompt), one.name)
+        return found
+
+
+def gather_questions(paths: Sequence[Path], prompt: Sequence[Message], *, image_root: Path | None) -> Questions:
+    """Images as they are, folders with all images under them, and record files (`.jsonl`, or the tutorial's `.json`).
+
+    What cannot be read is a question with a fault.
 
     Args:
-        base_dir: the base model's directory; None: where it was in training.
-        batch_size: images captioned together.
+        prompt: asked of each image; records bring their own.
+        image_root: of record files; None: the folder of each.
 
     Raises:
-        UserError: the adapter, its base or an image cannot be used.
+        UserError: a folder without images, or a file that is no record file at all.
     """
-    contract = read_contract(adapter)
-    missing = next((path for path in images if not path.is_file()), None)
-    if missing is not None:
-        raise UserError(f"There is no image {missing}.")
-    model_dir = base_dir if base_dir is not None else find_model(contract.base_model)
-    processor = load_processor(adapter)
-    if template_hash(processor) != contract.template:
-        raise UserError(f"The chat template in {adapter} is not the one of training; restore the adapter's own files.")
-    shape = patch_shape(model_dir, processor)
-    encoder = Encoder(processor, merge_size=shape.merge_size, end_token=contract.end_token)
-    collator = Collator(encoder, processor.image_processor, roots=[Path("/")], budget=contract.budget, shape=shape)
-    model = _load(adapter, model_dir, contract)
-    batches = generate(
-        model.get_base_model(),
-        collator,
-        [_prompt(contract, path) for path in images],
-        batch_size=batch_size,
-        max_new_tokens=contract.max_new_tokens,
-        pad_id=processor.tokenizer.pad_token_id,
-    )
-    for batch in batches:
-        for n, ids in batch:
-            yield images[n], processor.tokenizer.decode(ids, skip_special_tokens=True)
+    asked: list[Asked] = []
+    roots = [Path("/")]
+    for path in paths:
+        if path.is_dir():
+            images = sorted(found for found in path.rglob("*") if found.suffix.lower() in SUFFIXES)
+            if not images:
+                raise UserError(f"The folder {path} holds no image ({', '.join(SUFFIXES)}).")
+            asked += [_of_image(image, prompt) for image in images]
+        elif path.suffix in (".jsonl", ".json"):
+            asked += _of_records(path, prompt, file=len(roots))
+            roots.append(image_root if image_root is not None else path.parent)
+        else:
+            asked.append(_of_image(path, prompt))
+    return Questions(tuple(asked), tuple(roots))
 
 
-def _prompt(contract: AdapterContract, image: Path) -> Example:
-    return Example(str(image), with_images(contract.prompt, [str(image.resolve())]), answer="")
+def _of_image(path: Path, prompt: Sequence[Message]) -> Asked:
+    if not path.is_file():
+        return Asked(str(path), None, "there is no such file")
+    return Asked(str(path), Example(str(path), with_images(prompt, [str(path.resolve())]), answer=""))
 
 
-def _load(adapter: Path, model_dir: Path, contract: AdapterContract) -> PeftModel:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = resolve_dtype(contract.base_model.dtype, device.type, bf16_supported=bf16)
-    base = load_base(model_dir, dtype, "sdpa")
-    return load_adapter(base, adapter).to(device).eval()
+def _of_records(path: Path, prompt: Sequence[Message], *, file: int) -> Iterator[Asked]:
+    for row in read_rows(path, default_prompt=prompt[-1].text):
+        if isinstance(row, BadRow):
+            yield Asked(row.id or row.place, None, row.reason, is_record=True)
+        else:
+            yield Asked(row.id, Example(row.id, row.prompt, answer="", file=file), is_record=True)
+
+
+def predict(
+    adapter: LoadedAdapter, questions: Questions, *, budget: PixelBudget, batch_size: int
+) -> Iterator[list[Answered]]:
+    """Answers batch by batch, in order; a question that cannot be asked has an error in place of a caption.
+
+    Args:
+        budget: the size of every image.
+        batch_size: prompts answered together.
+
+    Raises:
+        UserError: the device ran out of memory, or a text cannot be encoded.
+    """
+    collator = adapter.collator(questions.roots, budget)
+    for start in range(0, len(questions.asked), batch_size):
+        chosen = questions.asked[start : start + batch_size]
+        made: list[tuple[Encoded, torch.Tensor]] = []
+        faults: dict[int, str] = {}
+        for n, one in enumerate(chosen):
+            prompt = collator.try_prompt(one.example) if one.example is not None else str(one.fault)
+            if isinstance(prompt, str):
+                faults[n] = prompt
+            else:
+                made.append(prompt)
+        ids = (
+            answer_batch(
+                adapter.model.get_base_model(),
+                made,
+                stop_ids=adapter.encoder.stop_ids,
+                max_new_tokens=adapter.contract.max_new_tokens,
+                pad_id=adapter.pad_id,
+            )
+            if made
+            else []
+        )
+        texts = iter(adapter.processor.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids)
+        yield [
+            Answered(one, None, faults[n]) if n in faults else Answered(one, next(texts)) for n, one in enumerate(chosen)
+        ]
