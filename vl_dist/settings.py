@@ -33,7 +33,12 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "precision of the base weights; auto: bfloat16 on CUDA, float32 on a CPU (LoRA is always float32)"
     )
-    attention: Literal["auto", "sdpa", "eager"] = key("auto", "attention of the language model; auto: sdpa", trains=False)
+    attention: Literal["auto", "varlen", "flex", "sdpa", "eager"] = key(
+        "auto",
+        "attention of the language model; auto: on CUDA varlen, or flex where data.share_prefix asks for more, else sdpa, "
+        "document by document; eager: one dense mask over a pack",
+        trains=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from transformers import Qwen2VLForConditionalGeneration
 from tests.examples import SEVEN, assert_close, gradients, packed_model
 from vl_dist.data.collate import Batch, Collator
 from vl_dist.errors import UserError
-from vl_dist.model import packed
-from vl_dist.model.attention import Backend, attention_mask
+from vl_dist.model import attention
+from vl_dist.model.attention import Backend
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 
 BACKENDS: list[Backend] = ["sdpa", "eager"]
@@ -84,10 +84,7 @@ def test_changing_one_document_changes_no_other_documents_logits_at_all(
 
 
 def test_the_isolation_test_sees_a_leak(tiny_model: Path, collator: Collator, monkeypatch: pytest.MonkeyPatch) -> None:
-    def causal_only(ids: torch.Tensor, branches: torch.Tensor, backend: Backend, dtype: torch.dtype) -> torch.Tensor:
-        return attention_mask(torch.zeros_like(ids), torch.zeros_like(branches), backend, dtype)
-
-    monkeypatch.setattr(packed, "attention_mask", causal_only)
+    monkeypatch.setattr(attention, "by_document", lambda batch: None)  # and SDPA sees that it is causal
     with pytest.raises(AssertionError):
         test_changing_one_document_changes_no_other_documents_logits_at_all(tiny_model, collator, "sdpa")
 
@@ -115,7 +112,7 @@ def test_a_pack_without_targets_adds_nothing_and_leaves_no_gradient_unset(tiny_m
 def test_the_frozen_tower_leaves_no_graph_and_a_trained_one_gets_gradients(tiny_model: Path, collator: Collator) -> None:
     model = packed_model(tiny_model)
     batch = collator.pack(SEVEN[:1])
-    assert not model.image_features(batch.pixel_values, batch.image_grids).requires_grad
+    assert not model.image_features(batch).requires_grad
     tower = model.peft_model.get_base_model().model.visual
     tower.blocks[0].attn.qkv.weight.requires_grad_(True)
     again = PackedModel(model.peft_model, "sdpa")
