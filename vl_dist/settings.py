@@ -173,6 +173,11 @@ class RunConfig:
     seed: int = key(0, "seed of data order, LoRA weights and dropout")
     resume: str = key("auto", "auto: newest complete checkpoint; never: from step 0; or a directory", trains=False)
     allow_changes: bool = key(False, "go on with a run although settings that shape it changed", trains=False)
+    self_test: bool = key(
+        True,
+        "before the first step, refuse to train if the documents of a pack see each other on this model and device",
+        trains=False,
+    )
     final: Literal["last", "best"] = key("last", "adapter/ is that of the last step, or of checkpoints/best", trains=False)
     max_time: str | None = key(
         None,

@@ -71,8 +71,8 @@ def kept_activations(shape: ModelShape, training: Training, num_tokens: int) -> 
     """Bytes that the decoder layers keep for the backward of one pack.
 
     A layer keeps, for each token: the two norms' inputs in float32; queries of all heads, keys and values of theirs, and
-    attention's output, as documents of one length have it, and as LoRA reads it; the gate, its activation and the up projection; what each LoRA reads, in float32 (with dropout also the mask),
-    and what its A gives.
+    attention's output, once by length of document and once as LoRA reads it; the gate, its activation and the up
+    projection; what each LoRA reads, in float32 (with dropout also the mask), and what its A gives.
     """
     h, a, m = shape.hidden, shape.heads * shape.head_dim, shape.mlp
     base = training.base_bytes
