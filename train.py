@@ -40,6 +40,7 @@ from vl_dist.run.metrics import Meter, Record
 from vl_dist.run.nonfinite import NonFiniteSteps
 from vl_dist.run.optim import lr_factor
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
+from vl_dist.run.self_test import self_test
 from vl_dist.settings import Config
 from vl_dist.shapes import make_shapes
 
@@ -239,6 +240,9 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
             f"The training examples are others than those of {start.checkpoint}: records or images changed since. Restore "
             "them, give another run.output_dir, or set run.allow_changes=true to go on with the new ones."
         )
+    if config.run.self_test:
+        tested = ranks.each(lambda: self_test(model, data.train, ranks.device))
+        console.say(str(tested))
     engine = make_engine(model, ranks, config.optim, launch)
     if restored is not None:
         engine.restore_moments(restored.moments, restored.state.updates)

@@ -33,7 +33,12 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "precision of the base weights; auto: bfloat16 on CUDA, float32 on a CPU (LoRA is always float32)"
     )
-    attention: Literal["auto", "sdpa", "eager"] = key("auto", "attention of the language model; auto: sdpa", trains=False)
+    attention: Literal["auto", "varlen", "flex", "sdpa", "eager"] = key(
+        "auto",
+        "attention of the language model; auto: on CUDA varlen, or flex where data.share_prefix asks for more, else sdpa, "
+        "document by document; eager: one dense mask over a pack",
+        trains=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +182,11 @@ class RunConfig:
         trains=False,
     )
     allow_changes: bool = key(False, "go on with a run although settings that shape it changed", trains=False)
+    self_test: bool = key(
+        True,
+        "before the first step, refuse to train if the documents of a pack see each other on this model and device",
+        trains=False,
+    )
     final: Literal["last", "best"] = key("last", "adapter/ is that of the last step, or of checkpoints/best", trains=False)
     max_time: str | None = key(
         None,

@@ -18,8 +18,9 @@ from vl_dist.data.images import PatchShape
 from vl_dist.data.lengths import HeaderReader, measure
 from vl_dist.data.plan import Step
 from vl_dist.data.records import Example
-from vl_dist.model import packed
-from vl_dist.model.attention import Backend, attention_mask
+from vl_dist.model import attention
+from vl_dist.model.attention import Backend
+from vl_dist.model.grouped import GroupedAttention, Segment
 from vl_dist.model.packed import PackedModel
 
 ANSWERS = ("A cat.", "A cat sits on a wooden table next to a cup of coffee.", "", "Two rockets stand side by side.")
@@ -132,10 +133,11 @@ def test_a_branch_reaches_itself_alone_and_a_trunk_all_its_branches(
 def test_the_isolation_test_sees_branches_that_leak(
     tiny_model: Path, collator: Collator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_document_only(ids: torch.Tensor, branches: torch.Tensor, backend: Backend, dtype: torch.dtype) -> torch.Tensor:
-        return attention_mask(ids, torch.zeros_like(branches), backend, dtype)
+    def without_branches(batch: Batch) -> GroupedAttention:
+        sizes = [document.num_tokens for document in batch.documents]
+        return GroupedAttention(tuple(Segment(size) for size in [*sizes, batch.num_padding] if size), causal=True)
 
-    monkeypatch.setattr(packed, "attention_mask", by_document_only)
+    monkeypatch.setattr(attention, "by_document", without_branches)
     with pytest.raises(AssertionError):
         test_a_branch_reaches_itself_alone_and_a_trunk_all_its_branches(tiny_model, collator, "sdpa")
     with pytest.raises(AssertionError):

@@ -23,7 +23,7 @@ def test_an_idle_image_runs_the_tower_and_changes_neither_loss_nor_gradient_at_a
     model = packed_model(tiny_model)
     calls: list[tuple[int, ...]] = []
     tower = model.peft_model.get_base_model().model.visual
-    tower.register_forward_pre_hook(lambda _module, inputs: calls.append(tuple(inputs[0].shape)))
+    tower.patch_embed.register_forward_pre_hook(lambda _module, inputs: calls.append(tuple(inputs[0].shape)))
     pack = collator.pack(examples)  # type: ignore[arg-type]
     found = []
     for given in (pack, with_idle_image(pack, collator.shape.merge_size)):

@@ -8,7 +8,10 @@ token, which predicts the answer's first, and the answer. Branches see the trunk
 positions on from the trunk's end, so that loss and gradient are those of the examples one by one. With one branch this is
 the plain sequence.
 
-Legend: T tokens of the pack, D documents, N targets, V image tokens, P patches, I images, C values of a patch.
+An image that several documents show is decoded and encoded once, and its features go to several places.
+
+Legend: T tokens of the pack, D documents, N targets, V image tokens, I distinct images, P patches of theirs, C values
+of a patch.
 """
 
 from collections.abc import Sequence
@@ -36,9 +39,11 @@ from vl_dist.data.images import (
     within,
 )
 from vl_dist.data.lengths import Dropped
-from vl_dist.data.positions import mrope_positions
+from vl_dist.data.positions import mrope_positions, patch_positions
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
+
+ImageKey = tuple[int, str, int | None]  # record file, path, bound on the area
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +85,12 @@ class Batch:
     branch_ids: torch.Tensor  # [T] int64, 0 in a trunk, from 1 in its branches; all 0 where there is one branch
     target_rows: torch.Tensor  # [N] int64, the row whose output predicts target n (the row before it)
     target_ids: torch.Tensor  # [N] int64
+    document_ends: torch.Tensor  # [D + 1] int32: 0, then where each document ends, padding included
     image_rows: torch.Tensor  # [V] int64, rows that image features replace
+    feature_rows: torch.Tensor  # [V] int64, which of the features of all images each of them gets
     pixel_values: torch.Tensor  # [P, C] float32
+    patch_positions: torch.Tensor  # [2, P] int64, row and column of each patch in its image
+    image_ends: torch.Tensor  # [I + 1] int32: 0, then where the patches of each image end
     image_grids: torch.Tensor  # [I, 3] int64: temporal, rows, columns in patches
     example_ids: tuple[str, ...]
     num_padding: int  # tokens at the end that belong to no example
@@ -108,6 +117,11 @@ class Batch:
     def num_images(self) -> int:
         """I; known on the host."""
         return len(self.image_grids)
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document, padding included; known on the host."""
+        return max([self.num_padding, *(document.num_tokens for document in self.documents)])
 
     def to(self, device: torch.device) -> "Batch":
         """The same pack on a device; copies from pinned memory do not block."""
@@ -169,20 +183,24 @@ class Collator:
             UserError: a text that cannot be encoded.
         """
         made: list[Document] = []
-        resized: list[Image.Image] = []
+        loaded: dict[ImageKey, Image.Image | str] = {}
+        shown: list[ImageKey] = []
         ids: list[str] = []
         dropped: list[Dropped] = []
         for examples in documents:
-            images = self._images(examples[0])
+            images = self._images(examples[0], loaded)
             if isinstance(images, str):
                 dropped += [Dropped(example.id, images) for example in examples]
                 continue
             grids = [grid_of_resized(image, self.shape) for image in images]
             encoded = [self.encoder.encode(example, grids) for example in examples]
             made.append(make_document(encoded, self.shape.merge_size))
-            resized += images
+            shown += image_keys(examples[0])
             ids += [example.id for example in examples]
-        return self._join(made, self._patches(resized), tuple(ids), length, tuple(dropped))
+        distinct = {key: n for n, key in enumerate(dict.fromkeys(shown))}
+        pixels = self._patches([image for key in distinct if not isinstance(image := loaded[key], str)])
+        places = [distinct[key] for key in shown]
+        return self._join(made, pixels, places, tuple(ids), length, tuple(dropped))
 
     def prompt(self, example: Example) -> tuple[Encoded, torch.Tensor]:
         """An example's prompt ready for generation, and its patches [P, C].
@@ -197,25 +215,39 @@ class Collator:
 
     def try_prompt(self, example: Example) -> tuple[Encoded, torch.Tensor] | str:
         """As `prompt`, or why one of its images cannot be used."""
-        images = self._images(example)
+        images = self._images(example, {})
         if isinstance(images, str):
             return images
         grids = [grid_of_resized(image, self.shape) for image in images]
         return self.encoder.encode_prompt(example.prompt, grids), self._patches(images)
 
-    def _images(self, example: Example) -> list[Image.Image] | str:
-        """Each image in its target size, or why one of them cannot be used."""
-        budget = within(self.budget, example.max_pixels)
+    def _images(self, example: Example, loaded: dict[ImageKey, Image.Image | str]) -> list[Image.Image] | str:
+        """Each image in its target size, or why one of them cannot be used.
+
+        Args:
+            loaded: the same of single images; grows.
+        """
         found: list[Image.Image] = []
-        for path in example.image_paths:
-            try:
-                image = load_image(resolve_path(path, self._roots[example.file], self._limits))
-                found.append(resize_image(image, budget, self.shape))
-                expected = grid_of(image.height, image.width, budget, self.shape)
-            except ImageError as error:
-                return named(error, path)
-            assert grid_of_resized(found[-1], self.shape) == expected, "header and image disagree"
+        for key in image_keys(example):
+            image = loaded[key] if key in loaded else self._image(key)
+            loaded[key] = image
+            if isinstance(image, str):
+                return image
+            found.append(image)
         return found
+
+    def _image(self, key: ImageKey) -> Image.Image | str:
+        """One image in its target size, or why it cannot be used."""
+        file, path, max_pixels = key
+        budget = within(self.budget, max_pixels)
+        try:
+            image = load_image(resolve_path(path, self._roots[file], self._limits))
+            resized = resize_image(image, budget, self.shape)
+            expected = grid_of(image.height, image.width, budget, self.shape)
+        except ImageError as error:
+            return named(error, path)
+        assert grid_of_resized(resized, self.shape) == expected, "header and image disagree"
+        return resized
 
     def _patches(self, resized: Sequence[Image.Image]) -> torch.Tensor:
         """[P, C] of images in their target size."""
@@ -228,6 +260,7 @@ class Collator:
         self,
         documents: list[Document],
         pixels: torch.Tensor,
+        places: Sequence[int],
         ids: tuple[str, ...],
         length: int | None,
         dropped: tuple[Dropped, ...],
@@ -239,7 +272,9 @@ class Collator:
         starts = np.cumsum([0, *(document.size.num_tokens for document in rows)])
         input_ids = np.concatenate([document.input_ids for document in rows])
         target_at = np.concatenate([d.target_at + start for d, start in zip(rows, starts[:-1], strict=True)])
-        grids = [grid for document in documents for grid in document.grids]
+        by_image = dict(zip(places, (grid for document in documents for grid in document.grids), strict=True))
+        grids = [by_image[n] for n in range(len(by_image))]
+        patch_ends = np.cumsum([0, *(grid.num_patches for grid in grids)])
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             positions=torch.from_numpy(np.concatenate([document.positions for document in rows], axis=1)),
@@ -247,8 +282,12 @@ class Collator:
             branch_ids=torch.from_numpy(np.concatenate([document.branch_ids for document in rows])),
             target_rows=torch.from_numpy(target_at - 1),
             target_ids=torch.from_numpy(input_ids[target_at]),
+            document_ends=torch.from_numpy(starts.astype(np.int32)),
             image_rows=torch.from_numpy(np.flatnonzero(np.concatenate([document.is_image for document in rows]))),
+            feature_rows=torch.from_numpy(_feature_rows(places, patch_ends // self.shape.merge_size**2)),
             pixel_values=pixels,
+            patch_positions=torch.from_numpy(patch_positions(grids, self.shape.merge_size)),
+            image_ends=torch.from_numpy(patch_ends.astype(np.int32)),
             image_grids=torch.tensor([(grid.t, grid.h, grid.w) for grid in grids], dtype=torch.int64).reshape(-1, 3),
             example_ids=ids,
             num_padding=num_padding,
@@ -285,6 +324,17 @@ def make_document(encoded: Sequence[Encoded], merge_size: int) -> Document:
         grids=first.grids,
         size=DocumentSize(trunk, branches),
     )
+
+
+def image_keys(example: Example) -> list[ImageKey]:
+    """What tells the pixels of its images from others: record file, path in it, and bound on the area."""
+    return [(example.file, path, example.max_pixels) for path in example.image_paths]
+
+
+def _feature_rows(places: Sequence[int], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[V] which features the image of each place has; those of image n lie from `ends[n]` on."""
+    rows = [np.arange(ends[n], ends[n + 1], dtype=np.int64) for n in places]
+    return np.concatenate([np.empty(0, dtype=np.int64), *rows])
 
 
 def _padding(num_tokens: int) -> Document:

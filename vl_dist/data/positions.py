@@ -3,7 +3,7 @@
 Qwen2-VL rotates each head by three position ids (M-RoPE: temporal, row, column). Text advances all three together; an
 image spreads them over its grid of merged patches, and text goes on after the largest id used so far.
 
-Legend: T tokens, I images.
+Legend: T tokens, I images, P patches.
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,22 @@ def mrope_positions(is_image: NDArray[np.bool_], grids: Sequence[Grid], merge_si
     assert not is_image[row:].any(), "more image tokens than grids"
     _fill_text(positions, row, num_tokens, next_position)
     return positions
+
+
+def patch_positions(grids: Sequence[Grid], merge_size: int) -> NDArray[np.int64]:
+    """Where each patch lies in its image; the patches that merge into one token come one after the other.
+
+    Source: `get_vision_position_ids` (transformers 5.23), which a test compares.
+
+    Returns:
+        [2, P]: row and column of the P patches of all images.
+    """
+    found = [np.empty((2, 0), dtype=np.int64)]
+    for grid in grids:
+        places = np.indices((grid.h, grid.w), dtype=np.int64)
+        blocks = places.reshape(2, grid.h // merge_size, merge_size, grid.w // merge_size, merge_size)
+        found += [blocks.transpose(0, 1, 3, 2, 4).reshape(2, -1)] * grid.t
+    return np.concatenate(found, axis=1)
 
 
 def _fill_text(positions: NDArray[np.int64], start: int, end: int, first: int) -> None:

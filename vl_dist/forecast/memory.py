@@ -68,24 +68,26 @@ def frozen_parameters(shape: ModelShape) -> int:
 
 
 def kept_activations(shape: ModelShape, training: Training, num_tokens: int) -> float:
-    """Bytes that the decoder layers keep for the backward of one pack, without the mask.
+    """Bytes that the decoder layers keep for the backward of one pack.
 
-    A layer keeps, for each token: the two norms' inputs in float32; queries, keys and values of all heads and attention's
-    output; the gate, its activation and the up projection; what each LoRA reads, in float32 (with dropout also the mask),
-    and what its A gives.
+    A layer keeps, for each token: the two norms' inputs in float32; queries of all heads, keys and values of theirs, and
+    attention's output, once by length of document and once as LoRA reads it; the gate, its activation and the up
+    projection; what each LoRA reads, in float32 (with dropout also the mask), and what its A gives.
     """
     h, a, m = shape.hidden, shape.heads * shape.head_dim, shape.mlp
     base = training.base_bytes
     targets = [name for name in shape.linear_sizes if name in training.targets]
     inputs = {"o_proj": a, "down_proj": m}
     read = {name: inputs.get(name, h) for name in targets}
-    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 4 * a * base + shape.heads * FLOAT32 + 3 * m * base
+    g = shape.key_value_heads * shape.head_dim
+    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 2 * (a + g) * base + shape.heads * FLOAT32 + 3 * m * base
     token += len(targets) * training.rank * FLOAT32
     if training.has_dropout:
         token += sum(read.values()) * (FLOAT32 + training.mask_bytes)
-    elif base == FLOAT32:  # read as they are: one tensor for q, k and v, one for gate and up, and o's is kept already
+    elif base == FLOAT32:  # read as they are: one tensor for q, k and v, one for gate and up
         shared = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
-        token += sum(h * base for names in shared if names & set(targets)) + (m * base if "down_proj" in targets else 0)
+        token += sum(h * base for names in shared if names & set(targets))
+        token += sum(read[name] * base for name in inputs if name in targets)
     else:
         token += sum(read.values()) * FLOAT32
     return float(shape.layers * num_tokens * token)
@@ -107,13 +109,12 @@ def predict_memory(
     if zero_stage == 3:  # beside its share, the largest weight and a layer are whole while they are used
         layer = sum(inputs * outputs for inputs, outputs in shape.linear_sizes.values()) * training.base_bytes
         weights = weights / world_size + shape.vocabulary * shape.hidden * training.base_bytes + layer
-    mask = pack.tokens**2 * training.base_bytes * shape.layers  # each layer keeps it in the precision of its scores
     logits = pack.targets * shape.vocabulary * (training.base_bytes + 3 * FLOAT32)
     widest = 4 * pack.tokens * shape.mlp * FLOAT32
     tower = pack.patches * (shape.tower_width * 6 + shape.tower_mlp * 2) * training.base_bytes
     return RankMemory(
         weights=weights,
         lora=lora * (share[0] + share[1] + 2 * share[2]),
-        activations=kept_activations(shape, training, pack.tokens) + mask,
+        activations=kept_activations(shape, training, pack.tokens),
         working=max(logits + widest, tower) + pack.patches * shape.patch_values * FLOAT32,
     )

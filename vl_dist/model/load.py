@@ -13,7 +13,8 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalG
 
 from vl_dist.data.images import PatchShape
 from vl_dist.errors import UserError
-from vl_dist.model.attention import Backend
+from vl_dist.model.attention import Backend, register
+from vl_dist.model.tower import PatchProjection
 from vl_dist.settings import LoraSettings
 
 
@@ -84,7 +85,7 @@ def load_base(directory: Path, dtype: torch.dtype, backend: Backend) -> Qwen2VLF
         base, found = Qwen2VLForConditionalGeneration.from_pretrained(
             directory,
             dtype=dtype,
-            attn_implementation={"text_config": backend, "vision_config": "sdpa"},
+            attn_implementation={"text_config": "eager" if backend == "eager" else register(), "vision_config": "sdpa"},
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -94,6 +95,8 @@ def load_base(directory: Path, dtype: torch.dtype, backend: Backend) -> Qwen2VLF
         missing = sorted(found["missing_keys"])
         raise UserError(f"The model in {directory} lacks {len(missing)} weights, first {missing[0]}. Fetch it again.")
     base.generation_config = GenerationConfig()  # captions are greedy; the model's own file may ask for sampling
+    embedding = base.model.visual.patch_embed
+    embedding.proj = PatchProjection.of(embedding.proj)
     base.requires_grad_(False)
     return base
 

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from vl_dist.data.collate import Batch
 from vl_dist.errors import UserError
-from vl_dist.model.attention import Backend, attention_mask
+from vl_dist.model.attention import Backend, by_image, make_kernel
+from vl_dist.model.tower import encode_images
 
 
 class PackedModel(nn.Module):
@@ -27,6 +28,7 @@ class PackedModel(nn.Module):
         super().__init__()
         self.peft_model = peft_model
         self._backend = backend
+        self._kernel = make_kernel(backend)
         self._tower_trains = any(p.requires_grad for p in self._base.model.visual.parameters())
 
     @property
@@ -60,26 +62,24 @@ class PackedModel(nn.Module):
         language_model = self._base.model.language_model
         embeddings = language_model.embed_tokens(batch.input_ids)
         if batch.num_images:
-            features = self.image_features(batch.pixel_values, batch.image_grids)
-            features = features[: len(batch.image_rows)]  # an idle image has no rows (`run.engine.with_idle_image`)
+            # One image may stand in several places, and an idle one stands in none (`run.engine.with_idle_image`).
+            features = self.image_features(batch).index_select(0, batch.feature_rows)
             embeddings = embeddings.index_copy(0, batch.image_rows, features.to(embeddings.dtype))
-        mask = attention_mask(batch.document_ids, batch.branch_ids, self._backend, embeddings.dtype)
         output = language_model(
             inputs_embeds=embeddings[None],
-            attention_mask={"full_attention": mask},
+            attention_mask={"full_attention": self._kernel(batch, embeddings.dtype)},
             position_ids=batch.positions[:, None],
             use_cache=False,
         )
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
-    def image_features(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
-        """[V, H] from [P, C] patches; without a graph as long as no part of the tower trains."""
+    def image_features(self, batch: Batch) -> torch.Tensor:
+        """[V, H] of the pack's distinct images; without a graph as long as no part of the tower trains."""
         tower = self._base.model.visual
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_trains):
-            output = tower(pixel_values.to(tower.dtype), grid_thw=image_grids)
-        features: torch.Tensor = output.pooler_output
-        return features
+            attend = by_image(batch, self._backend)
+            return encode_images(tower, batch.pixel_values.to(tower.dtype), batch.patch_positions, attend)
 
 
 @contextlib.contextmanager

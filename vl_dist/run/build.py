@@ -66,10 +66,10 @@ def load_model(config: Config, directory: Path, device: torch.device) -> PackedM
     """Base and adapter on their device, ready to be wrapped.
 
     Raises:
-        UserError: weights, targets or precision that cannot be used.
+        UserError: weights, targets, precision or attention that cannot be used.
     """
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = resolve_dtype(config.model.dtype, device.type, bf16_supported=bf16)
-    backend = resolve_backend(config.model.attention)
+    backend = resolve_backend(config.model.attention, device.type, dtype, branches=config.data.share_prefix)
     base = load_base(directory, dtype, backend)
     return PackedModel(attach_lora(base, config.lora, seed=config.run.seed), backend).to(device)

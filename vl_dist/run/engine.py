@@ -294,7 +294,10 @@ def with_idle_image(pack: Batch, merge_size: int) -> Batch:
     return replace(
         pack,
         pixel_values=pack.pixel_values.new_zeros(merge_size**2, pack.pixel_values.shape[1]),
+        patch_positions=pack.patch_positions.new_zeros(2, merge_size**2),
         image_grids=pack.image_grids.new_tensor([[1, merge_size, merge_size]]),
+        image_ends=pack.image_ends.new_tensor([0, merge_size**2]),
+        image_patches=(merge_size**2,),
     )
 
 
