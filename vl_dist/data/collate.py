@@ -196,13 +196,21 @@ class Collator:
         grids = [grid_of_resized(image, self.shape) for image in images]
         return self.encoder.encode_prompt(example.prompt, grids), self._patches(images)
 
+    def open_image(self, path: str, file: int) -> Image.Image:
+        """An image in its own size, upright and RGB, by its path in the record file of this number.
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        return load_image(resolve_path(path, self._roots[file], self._limits))
+
     def _images(self, example: Example) -> list[Image.Image] | str:
         """Each image in its target size, or why one of them cannot be used."""
         budget = within(self.budget, example.max_pixels)
         found: list[Image.Image] = []
         for path in example.image_paths:
             try:
-                image = load_image(resolve_path(path, self._roots[example.file], self._limits))
+                image = self.open_image(path, example.file)
                 found.append(resize_image(image, budget, self.shape))
                 expected = grid_of(image.height, image.width, budget, self.shape)
             except ImageError as error:
