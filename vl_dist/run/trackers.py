@@ -54,7 +54,7 @@ def begin_tracking(
     found: list[Tracker] = []
     if mode != "off":
         anew = config.run.resume == "never"
-        found.append(WandbTracker(directory, config.log, mode=mode, settings=settings, anew=anew))
+        found.append(WandbTracker(directory, config.log, mode=mode, settings=settings, anew=anew, say=say))
     if config.log.tensorboard:
         found.append(TensorBoardTracker(directory, settings=settings, first_step=first_step))
     return Tracking(

@@ -75,6 +75,7 @@ class Background:
         self._num_failures = 0
         self._off = threading.Event()
         self._closed = False
+        self._code = 0
         self._thread = threading.Thread(target=self._work, name=f"tracker {tracker.name}", daemon=True)
         self._thread.start()
 
@@ -94,7 +95,7 @@ class Background:
             code: exit code of the run.
             until: moment of `time.monotonic` from which on it is abandoned.
         """
-        self.call(lambda tracker: tracker.finish(code))
+        self._code = code
         self._closed = True
         while self._thread.is_alive() and time.monotonic() < until:
             try:
@@ -127,6 +128,7 @@ class Background:
         while (action := self._calls.get()) is not None:
             if not self._attempt(action, allowed=MAX_FAILURES):
                 return
+        self._attempt(lambda tracker: tracker.finish(self._code), allowed=1)
 
     def _attempt(self, action: Callable[[Tracker], None], *, allowed: int) -> bool:
         """Whether the tracker is still on afterwards."""
@@ -134,7 +136,7 @@ class Background:
             action(self._tracker)
         except Exception as error:  # noqa: BLE001 - the boundary: whatever a tracker raises, training goes on
             self._num_failures += 1
-            if self._num_failures >= allowed and not self._off.is_set():
+            if self._num_failures >= allowed and not self._off.is_set():  # set: abandoned meanwhile
                 self._off.set()
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 self._say(

@@ -6,7 +6,7 @@ import netrc
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from vl_dist.run.tracking import ShownSample
 from vl_dist.settings import LogConfig
 
 Mode = Literal["off", "offline", "online"]
+INIT_S = 30.0  # for the server to answer
 COLUMNS = ("step", "id", "image", "references", "prediction", "score", "change")
 MODES: dict[str, Mode] = {"disabled": "off", "offline": "offline", "dryrun": "offline", "online": "online", "run": "online"}
 
@@ -83,20 +84,30 @@ class WandbTracker:
     name = "W&B"
 
     def __init__(
-        self, output_dir: Path, log: LogConfig, *, mode: Literal["offline", "online"], settings: dict[str, Any], anew: bool
+        self,
+        output_dir: Path,
+        log: LogConfig,
+        *,
+        mode: Literal["offline", "online"],
+        settings: dict[str, Any],
+        anew: bool,
+        say: Callable[[str], None],
     ) -> None:
         """
         Args:
             output_dir: W&B's files go to the folder `wandb` in it.
             settings: of the whole run, plain and without secrets.
             anew: do not go on with the run of a former start in this directory.
+            say: tells the person.
         """
         self._output_dir = output_dir
         self._log = log
         self._mode = mode
         self._settings = settings
         self._anew = anew
+        self._say = say
         self._images: dict[str, Any] = {}
+        self._wandb: Any = None  # the package, imported in the tracker's thread
         self._run: Any = None
 
     def start(self) -> None:
@@ -106,10 +117,24 @@ class WandbTracker:
         os.environ.setdefault("WANDB_DATA_DIR", str(self._output_dir / "wandb" / "data"))
         import wandb
 
-        self._run = wandb.init(
-            settings=wandb.Settings(
-                mode=self._mode,
-                run_id=run_id(self._output_dir, anew=self._anew),
+        self._wandb = wandb
+        number = run_id(self._output_dir, anew=self._anew)
+        try:
+            self._run = self._begin(self._mode, number)
+        except wandb.errors.Error as error:
+            if self._mode == "offline":
+                raise
+            self._say(f"W&B cannot be reached ({str(error).splitlines()[0]}): its record is kept for `wandb sync`.")
+            self._run = self._begin("offline", number)
+        # Steps that a kill cut off are logged again after it: W&B's own counter only grows, so curves go by our steps.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def _begin(self, mode: Literal["offline", "online"], number: str) -> Any:
+        return self._wandb.init(
+            settings=self._wandb.Settings(
+                mode=mode,
+                run_id=number,
                 resume="allow",
                 root_dir=str(self._output_dir),
                 run_name=Path(self._settings["run"]["output_dir"]).name,
@@ -118,6 +143,7 @@ class WandbTracker:
                 run_group=self._log.wandb_group,
                 run_tags=self._log.wandb_tags,
                 allow_val_change=True,
+                init_timeout=INIT_S,
                 silent=True,  # the console is this program's
                 console="off",
                 # Nothing of the machine and of the code but what is measured while training: paths, arguments, user names,
@@ -132,9 +158,6 @@ class WandbTracker:
             ),
             config=self._settings,
         )
-        # Steps that a kill cut off are logged again after it: W&B's own counter only grows, so curves go by our steps.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
 
     def log(self, row: dict[str, Any]) -> None:
         """A point of every curve."""
@@ -142,23 +165,19 @@ class WandbTracker:
 
     def samples(self, step: int, samples: Sequence[ShownSample]) -> None:
         """A table of images and captions; one for each evaluation, since a logged table never changes."""
-        import wandb
-
-        table = wandb.Table(columns=list(COLUMNS))
+        table = self._wandb.Table(columns=list(COLUMNS))
         for shown in samples:
             one = shown.sample
             if one.id not in self._images:
                 picture = shown.picture()
-                self._images[one.id] = None if picture is None else wandb.Image(picture, file_type="jpg")
+                self._images[one.id] = None if picture is None else self._wandb.Image(picture, file_type="jpg")
             references = "\n".join(one.references)
             table.add_data(step, one.id, self._images[one.id], references, one.prediction, one.score, shown.change)
         self._run.log({"step": step, "eval/samples": table})
 
     def adapter(self, directory: Path, step: int, aliases: Sequence[str]) -> None:
         """A version of the run's adapter."""
-        import wandb
-
-        artifact = wandb.Artifact(f"adapter-{self._run.id}", type="model", metadata={"step": step})
+        artifact = self._wandb.Artifact(f"adapter-{self._run.id}", type="model", metadata={"step": step})
         kept = self._output_dir / "wandb" / "adapters" / f"{directory.name}-{'-'.join(aliases)}"
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
@@ -179,10 +198,11 @@ class WandbTracker:
 
     def finish(self, code: int) -> None:
         """Waits until W&B has everything."""
-        import wandb
-
         self._run.finish(exit_code=code)
-        wandb.teardown(exit_code=code)
+        try:
+            self._wandb.teardown()
+        except SystemExit as ended:  # that is how it passes on how its own process ended
+            raise ConnectionError(f"its process ended with code {ended.code}") from None
 
     def abandon(self) -> None:
         """Ends W&B's own process, which Python would wait for at its end."""
@@ -192,8 +212,7 @@ class WandbTracker:
                     child.kill()
             except psutil.Error:  # gone already
                 continue
-        if self._run is not None:
-            import wandb
-
-            with contextlib.suppress(ConnectionError):  # that it is dead is known; this keeps Python from asking it again
-                wandb.teardown()
+        if self._wandb is not None:
+            # That it is dead is known; this keeps Python from asking it at the end, and from a traceback about it.
+            with contextlib.suppress(ConnectionError, SystemExit):
+                self._wandb.teardown()
