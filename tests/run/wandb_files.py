@@ -31,6 +31,11 @@ class WandbFile:
     def config(self) -> dict[str, Any]:
         return {item.key: json.loads(item.value_json) for item in self.run.config.update}
 
+    def files_of(self, type_name: str) -> dict[str, Path]:
+        """By name, where the files of the last artifact of a type lie until they are uploaded."""
+        artifact = [one for one in self.of("artifact") if one.type == type_name][-1]
+        return {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+
     def rows(self, name: str = "") -> list[dict[str, Any]]:
         """What was logged, without W&B's own columns; those with a value of that name."""
         rows = [

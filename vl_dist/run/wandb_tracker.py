@@ -20,6 +20,7 @@ from vl_dist.run.tracking import ShownSample
 from vl_dist.settings import LogConfig
 
 Mode = Literal["off", "offline", "online"]
+HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # W&B's own server, by its present and its former name
 INIT_S = 30.0  # for the server to answer
 COLUMNS = ("step", "id", "image", "references", "prediction", "score", "change")
 MODES: dict[str, Mode] = {"disabled": "off", "offline": "offline", "dryrun": "offline", "online": "online", "run": "online"}
@@ -54,9 +55,10 @@ def wandb_mode(setting: str, env: Mapping[str, str]) -> Mode:
 def _key_in_netrc(env: Mapping[str, str]) -> bool:
     """Whether `wandb login` left a key."""
     path = Path(env.get("NETRC", "~/.netrc")).expanduser()
-    host = urlsplit(env.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    own = urlsplit(env.get("WANDB_BASE_URL", "")).netloc
     try:
-        return netrc.netrc(path).authenticators(host) is not None
+        known = netrc.netrc(path)
+        return any(known.authenticators(host) is not None for host in ((own,) if own else HOSTS))
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -125,6 +127,7 @@ class WandbTracker:
             if self._mode == "offline":
                 raise
             self._say(f"W&B cannot be reached ({str(error).splitlines()[0]}): its record is kept for `wandb sync`.")
+            self._teardown()  # its process still holds the id
             self._run = self._begin("offline", number)
         # Steps that a kill cut off are logged again after it: W&B's own counter only grows, so curves go by our steps.
         self._run.define_metric("step")
@@ -199,10 +202,7 @@ class WandbTracker:
     def finish(self, code: int) -> None:
         """Waits until W&B has everything."""
         self._run.finish(exit_code=code)
-        try:
-            self._wandb.teardown()
-        except SystemExit as ended:  # that is how it passes on how its own process ended
-            raise ConnectionError(f"its process ended with code {ended.code}") from None
+        self._teardown()
 
     def abandon(self) -> None:
         """Ends W&B's own process, which Python would wait for at its end."""
@@ -214,5 +214,11 @@ class WandbTracker:
                 continue
         if self._wandb is not None:
             # That it is dead is known; this keeps Python from asking it at the end, and from a traceback about it.
-            with contextlib.suppress(ConnectionError, SystemExit):
-                self._wandb.teardown()
+            with contextlib.suppress(ConnectionError):
+                self._teardown()
+
+    def _teardown(self) -> None:
+        try:
+            self._wandb.teardown()
+        except SystemExit as ended:  # that is how it passes on how its own process ended
+            raise ConnectionError(f"its process ended with code {ended.code}") from None
