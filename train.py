@@ -26,7 +26,7 @@ from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel, out_of_memory_named
 from vl_dist.run import directory
 from vl_dist.run.alive import Watch
-from vl_dist.run.best import BestCheckpoint, choose_final
+from vl_dist.run.best import BestCheckpoint, choose_final, newest_adapter
 from vl_dist.run.build import load_data, load_frequency, load_model
 from vl_dist.run.checkpoint import TrainState, restore, try_save
 from vl_dist.run.console import RunConsole
@@ -41,6 +41,9 @@ from vl_dist.run.nonfinite import NonFiniteSteps
 from vl_dist.run.optim import lr_factor
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
 from vl_dist.run.self_test import self_test
+from vl_dist.run.trackers import begin_tracking, check_trackers
+from vl_dist.run.tracking import Tracking
+from vl_dist.run.wandb_tracker import Mode
 from vl_dist.settings import Config
 from vl_dist.shapes import make_shapes
 
@@ -62,6 +65,7 @@ class Run:
     model: PackedModel  # the module itself, for evaluation and checkpoints
     engine: Engine  # what steps it, on one rank or over many
     record: Record
+    tracking: Tracking
     best: BestCheckpoint
     flops: FlopCounter
     first_step: int  # steps done before
@@ -93,7 +97,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     """Steps from where the run stands to its end, or to a request to stop (all ranks)."""
     config, ranks, num_steps = run.config, run.ranks, run.plan.num_steps
     if run.first_step == 0 and run.data.held_out is not None:
-        run.record.metrics(evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
+        write_row(run, evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
     meter = Meter(ranks, run.flops, peak_flops=ranks.peak_flops(config.log.peak_tflops))
     for (share, dropped), waited_s in timed(ranks.together_noting(remaining_steps(run), lambda share: share.dropped)):
         run.late.add(dropped)
@@ -120,14 +124,14 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         if evaluated:
             row = evaluate_now(run, done, row)
         if logged or evaluated:
-            run.record.metrics(row)
+            write_row(run, row)
         is_best = evaluated and ranks.any(run.best.improves(row))
         failure = None
         if is_last or stopping or is_best or is_due(done, config.checkpoint.every_steps):
             with stop.saving():
                 failure = save(run, done, share.step.epochs_done)
         if is_best and failure is None:
-            run.best.move(row)
+            run.tracking.adapter(run.best.move(row), done, ("best",))
         if stopping and failure is not None:
             raise SharedError(f"Stopped as asked, but step {done} has no checkpoint: {failure}. The last one still stands.")
         if stopping:
@@ -160,6 +164,12 @@ def is_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
+def write_row(run: Run, row: dict[str, Any]) -> None:
+    """A row of metrics.jsonl, on disk when this returns; trackers get it in their own time (main process)."""
+    run.record.metrics(row)
+    run.tracking.log(row)
+
+
 def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
     """The row with the scores of the held-out records, if there are any (all ranks)."""
     if run.data.held_out is None:
@@ -183,6 +193,7 @@ def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
         )
     if run.ranks.is_main:
         write_samples(run.config.run.output_dir / "samples", step, evaluation.samples)
+    run.tracking.samples(step, evaluation.samples)
     run.console.evaluation(f"held-out captions after step {step}", evaluation)
     return row | evaluation.scores
 
@@ -219,7 +230,9 @@ def export(run: Run, step: int) -> None:
         run.ranks.on_main(write)
 
 
-def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.Start, launch: Launch, watch: Watch) -> Run:
+def prepare(
+    config: Config, ranks: Ranks, console: RunConsole, start: directory.Start, launch: Launch, watch: Watch, wandb: Mode
+) -> Run:
     """Data, model and optimizer, from the cheapest check to the dearest; the output directory last (all ranks).
 
     Raises:
@@ -275,6 +288,15 @@ def prepare(config: Config, ranks: Ranks, console: RunConsole, start: directory.
         model=model,
         engine=engine,
         record=record,
+        tracking=begin_tracking(
+            config,
+            wandb,
+            os.environ,
+            held_out=data.held_out,
+            first_step=first_step,
+            is_main=ranks.is_main,
+            say=console.say,
+        ),
         best=BestCheckpoint(config.run.output_dir, config.eval.best_metric, is_main=ranks.is_main),
         flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
         first_step=first_step,
@@ -292,20 +314,24 @@ def run_once(config: Config, ending: Ending) -> Outcome:
     stop = StopRequest(config.run.output_dir, watch_file=ranks.is_main, limit=limit)
     stop.listen()
     console = RunConsole(is_main=ranks.is_main, num_shown=config.eval.num_shown)
+    wandb = ranks.on_main(lambda: check_trackers(config, os.environ))
     start = ranks.on_main(lambda: directory.inspect(config))
     console.start(start, config.run.output_dir)
     if start.finished:
         return Outcome(FINISHED, "was finished before", 0)
     watch = Watch(config.run.output_dir, ranks.rank, stall_s=stall_s, on_verdict=ending.lost)
-    run = prepare(config, ranks, console, start, launch, watch)
+    run = prepare(config, ranks, console, start, launch, watch, wandb)
     console.prepared(
         run.config, run.data, run.model, launch, num_steps=run.plan.num_steps, first_step=run.first_step, ranks=ranks
     )
     ending.step, ending.training, ending.watch = run.first_step, True, watch
-    with console, stop.deferred(), watch:
+    with console, run.tracking, stop.deferred(), watch:
         outcome = train(run, stop, ending)
         if outcome.code == FINISHED:
             export(run, outcome.step)
+        if ranks.is_main:
+            run.tracking.adapter(*newest_adapter(config.run.output_dir, finished=outcome.code == FINISHED))
+        run.tracking.end(outcome.code, outcome.reason)
     ranks.wait()
     if ranks.is_main:
         Watch.remove(config.run.output_dir)

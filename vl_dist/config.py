@@ -90,6 +90,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.num_shown": _at_least(0),
     "log.every_steps": _at_least(1),
     "log.peak_tflops": _above(0),
+    "log.num_samples": _at_least(0),
     "run.seed": _at_least(0),
     "run.cpu_threads": _at_least(1),
     "run.stall_timeout": _above(0),
@@ -114,6 +115,7 @@ def load(recipe: Path | None, words: Sequence[str] = ()) -> Config:
     merged = OmegaConf.structured(Config)
     for source, values in given:
         _spell_out_train_files(values, source)
+        _spell_out_off(values)
         for path, value in _leaves(values):
             _refuse_unknown(path, value, source)
         try:
@@ -271,6 +273,13 @@ def _spell_out_train_files(values: dict[str, Any], source: str) -> None:
                 "{path: PATH, weight: NUMBER}."
             )
     data["train"] = [{"path": item} if isinstance(item, str) else item for item in given]
+
+
+def _spell_out_off(values: dict[str, Any]) -> None:
+    """YAML 1.1 reads `off` as false."""
+    log = values.get("log")
+    if isinstance(log, dict) and log.get("wandb") is False:
+        log["wandb"] = "off"
 
 
 def _with_train_files(config: Config) -> Config:

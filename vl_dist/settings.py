@@ -166,6 +166,20 @@ class LogConfig:
     peak_tflops: float | None = key(
         None, "dense peak of one device, for perf/mfu; null: by its name, and none on a CPU", "TFLOP/s", trains=False
     )
+    wandb: Literal["auto", "off", "offline", "online"] = key(
+        "auto",
+        "Weights & Biases; auto: as WANDB_MODE says, else online where a key is set up, offline without one, off where "
+        "wandb is not installed",
+        trains=False,
+    )
+    wandb_project: str = key("vl_dist", "project of the run on W&B", trains=False)
+    wandb_entity: str | None = key(None, "user or team on W&B; null: the key's own", trains=False)
+    wandb_group: str | None = key(None, "group of the run on W&B", trains=False)
+    wandb_tags: tuple[str, ...] = key((), "tags of the run on W&B", trains=False)
+    tensorboard: bool = key(False, "also write event files for TensorBoard, to output_dir/tensorboard", trains=False)
+    num_samples: int = key(
+        16, "held-out captions, always the same, that W&B and TensorBoard show of each evaluation", "captions", trains=False
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

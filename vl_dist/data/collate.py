@@ -221,6 +221,14 @@ class Collator:
         grids = [grid_of_resized(image, self.shape) for image in images]
         return self.encoder.encode_prompt(example.prompt, grids), self._patches(images)
 
+    def open_image(self, path: str, file: int) -> Image.Image:
+        """An image in its own size, upright and RGB, by its path in the record file of this number.
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        return load_image(resolve_path(path, self._roots[file], self._limits))
+
     def _images(self, example: Example, loaded: dict[ImageKey, Image.Image | str]) -> list[Image.Image] | str:
         """Each image in its target size, or why one of them cannot be used.
 
@@ -241,7 +249,7 @@ class Collator:
         file, path, max_pixels = key
         budget = within(self.budget, max_pixels)
         try:
-            image = load_image(resolve_path(path, self._roots[file], self._limits))
+            image = self.open_image(path, file)
             resized = resize_image(image, budget, self.shape)
             expected = grid_of(image.height, image.width, budget, self.shape)
         except ImageError as error:

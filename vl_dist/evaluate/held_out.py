@@ -118,6 +118,16 @@ def write_samples(directory: Path, step: int, samples: Sequence[Sample]) -> None
     (directory / f"step-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def last_scores(directory: Path, before_step: int) -> dict[str, float]:
+    """By sample, the scores that `write_samples` wrote of the last evaluation up to this step; none if there is none."""
+    written = {int(path.stem.removeprefix("step-")): path for path in directory.glob("step-*.jsonl")}
+    steps = [step for step in written if step <= before_step]
+    if not steps:
+        return {}
+    rows = map(json.loads, written[max(steps)].read_text().splitlines())
+    return {row["id"]: row["score"] for row in rows}
+
+
 def _mean_loss(model: PackedModel, data: LoadedData, ranks: Ranks, *, max_tokens: int) -> float:
     """Cross entropy per target (all ranks)."""
     groups = group_examples(data.lengths)

@@ -4,6 +4,7 @@ Which step is best is not stored anywhere: it follows from metrics.jsonl and the
 can leave the two apart.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from vl_dist.errors import UserError
 from vl_dist.run.checkpoint import damage, point
+from vl_dist.run.files import METADATA
 from vl_dist.run.metrics import read_metrics, scores_of
 
 LOWER_IS_BETTER = ("loss",)
@@ -44,12 +46,14 @@ class BestCheckpoint:
         """Whether a row of metrics.jsonl has a better score than every one before; never before the first step."""
         return self._is_main and row["step"] > 0 and self._goodness(row) > self._score
 
-    def move(self, row: dict[str, Any]) -> None:
-        """Points to the checkpoint of an evaluated step, which must be whole on disk."""
+    def move(self, row: dict[str, Any]) -> Path:
+        """Points to the checkpoint of an evaluated step, which must be whole on disk, and returns it."""
+        checkpoint = self._root / _name(row["step"])
         if self._is_main:
-            assert (self._root / _name(row["step"])).is_dir(), "the best step has a checkpoint"
+            assert checkpoint.is_dir(), "the best step has a checkpoint"
             self._score = self._goodness(row)
-            point(self._root / "best", _name(row["step"]))
+            point(self._root / "best", checkpoint.name)
+        return checkpoint
 
     def _goodness(self, row: dict[str, Any]) -> float:
         """Higher is better; what is no number is worse than anything."""
@@ -88,6 +92,23 @@ def choose_final(directory: Path, which: str, *, last_step: int) -> Final:
         raise UserError(f"run.final is best, but {best} cannot be used: {reason}. Set run.final=last and start again.")
     step = int(best.name.removeprefix("step-"))
     return Final(best, step, rows[step])
+
+
+def newest_adapter(directory: Path, *, finished: bool) -> tuple[Path, int, tuple[str, ...]]:
+    """The adapter of a run that ended in order: where it is, of which step, and its names. Main process only.
+
+    Args:
+        directory: the run's output directory.
+        finished: `adapter/` was exported; else the latest checkpoint has it.
+    """
+    if finished:
+        adapter = directory / "adapter"
+        step = int(json.loads((adapter / METADATA).read_text())["step"])
+    else:
+        adapter = (directory / "checkpoints" / "latest").resolve()
+        step = int(adapter.name.removeprefix("step-"))
+    is_best = (directory / "checkpoints" / "best").resolve().name == _name(step)
+    return adapter, step, ("latest", "best") if is_best else ("latest",)
 
 
 def _name(step: int) -> str:

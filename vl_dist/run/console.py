@@ -150,9 +150,16 @@ class RunConsole:
 
     def row(self, row: dict[str, float | None], num_steps: int) -> None:
         """One logging step: beside the bar on a terminal, a line of its own elsewhere."""
-        loss, lr, speed = row["train/loss"], row["train/lr"], row["perf/examples_per_s"]
-        shown = "skipped" if loss is None else f"{loss:.4f}"
-        numbers = f"loss {shown}  lr {lr:.2e}  {speed:.1f} examples/s"
+        loss, grad_norm, mfu = row["train/loss"], row["train/grad_norm"], row["perf/mfu"]
+        numbers = "  ".join(
+            [
+                "loss skipped" if loss is None or grad_norm is None else f"loss {loss:.4f}  grad {grad_norm:.3f}",
+                f"lr {row['train/lr']:.2e}",
+                f"{row['perf/examples_per_s']:.1f} examples/s",
+                *([f"MFU {mfu:.1%}"] if mfu is not None else []),
+                f"{row['perf/peak_memory_gib']:.1f} GiB",
+            ]
+        )
         if self._progress.disable:
             self.say(f"step {row['step']}/{num_steps}  epoch {row['epoch']:.2f}  {numbers}")
         elif self._train_task is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vl_dist.config import Change, changes, dump, load
 from vl_dist.errors import UserError
 from vl_dist.run.checkpoint import Skipped, damage, find_checkpoint
-from vl_dist.run.files import CONFIG, LEDGER, METADATA, METRICS, OUTCOME
+from vl_dist.run.files import CONFIG, LEDGER, METADATA, METRICS, OUTCOME, TENSORBOARD
 from vl_dist.run.interrupt import STOP_FILE
 from vl_dist.settings import Config
 
@@ -80,7 +80,7 @@ def begin(config: Config, start: Start) -> None:
     directory = config.run.output_dir
     directory.mkdir(parents=True, exist_ok=True)
     if start.checkpoint is None:
-        for name in ("checkpoints", "adapter", "samples"):
+        for name in ("checkpoints", "adapter", "samples", TENSORBOARD):
             shutil.rmtree(directory / name, ignore_errors=True)
         for name in (METRICS, LEDGER):
             (directory / name).unlink(missing_ok=True)
