@@ -6,69 +6,31 @@ Start it with `accelerate launch train.py [RECIPE.yaml] [section.key=value ...]`
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vl_dist.config import help_text, load, split_words
-from vl_dist.data.assemble import RunData
 from vl_dist.data.collate import Batch
 from vl_dist.data.loader import StepPacks, load_steps, timed
-from vl_dist.data.plan import Plan
-from vl_dist.data.validate import BAD_ROWS, write_bad_rows
 from vl_dist.errors import SharedError, UserError
 from vl_dist.evaluate.held_out import evaluate, write_samples
-from vl_dist.evaluate.scores import DocumentFrequency
-from vl_dist.model.flops import FlopCounter, read_shape
-from vl_dist.model.hub import find_model
-from vl_dist.model.load import load_processor, patch_shape
-from vl_dist.model.packed import PackedModel, out_of_memory_named
+from vl_dist.model.packed import out_of_memory_named
 from vl_dist.run import directory
 from vl_dist.run.alive import Watch
-from vl_dist.run.best import BestCheckpoint, choose_final, newest_adapter
-from vl_dist.run.build import load_data, load_frequency, load_model
-from vl_dist.run.checkpoint import TrainState, restore, try_save
+from vl_dist.run.best import choose_final, newest_adapter
+from vl_dist.run.checkpoint import TrainState, try_save
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks, launched_rank, seed_dropout
-from vl_dist.run.engine import Engine, make_engine
 from vl_dist.run.export import export_adapter
 from vl_dist.run.interrupt import StopRequest, TimeLimit
-from vl_dist.run.late import LateFaults
-from vl_dist.run.launched import Launch, read_launch
-from vl_dist.run.metrics import Meter, Record
-from vl_dist.run.nonfinite import NonFiniteSteps
+from vl_dist.run.launched import read_launch
+from vl_dist.run.metrics import Meter
 from vl_dist.run.optim import lr_factor
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
-from vl_dist.run.self_test import self_test
-from vl_dist.run.trackers import begin_tracking, check_trackers
-from vl_dist.run.tracking import Tracking
-from vl_dist.run.wandb_tracker import Mode
+from vl_dist.run.prepare import Run, Session, prepare
+from vl_dist.run.trackers import check_trackers
 from vl_dist.settings import Config
-from vl_dist.shapes import make_shapes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Everything the loop works with; built once, before the first step."""
-
-    config: Config
-    ranks: Ranks
-    console: RunConsole
-    processor: Any
-    data: RunData
-    plan: Plan
-    watch: Watch
-    late: LateFaults
-    nonfinite: NonFiniteSteps
-    frequency: DocumentFrequency | None  # for CIDEr-D, if not that of the held-out answers
-    model: PackedModel  # the module itself, for evaluation and checkpoints
-    engine: Engine  # what steps it, on one rank or over many
-    record: Record
-    tracking: Tracking
-    best: BestCheckpoint
-    flops: FlopCounter
-    first_step: int  # steps done before
 
 
 def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -230,79 +192,6 @@ def export(run: Run, step: int) -> None:
         run.ranks.on_main(write)
 
 
-def prepare(
-    config: Config, ranks: Ranks, console: RunConsole, start: directory.Start, launch: Launch, watch: Watch, wandb: Mode
-) -> Run:
-    """Data, model and optimizer, from the cheapest check to the dearest; the output directory last (all ranks).
-
-    Raises:
-        UserError: anything that the settings name cannot be used.
-    """
-    if config.shapes is not None:
-        shapes = config.shapes
-        ranks.on_main(lambda: make_shapes(shapes))
-    model_dir = ranks.on_main(lambda: find_model(config.model))
-    processor = load_processor(model_dir)
-    with console.measuring() as on_progress:
-        data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
-    frequency = load_frequency(config.eval, ranks)
-    model = load_model(config, model_dir, ranks.device)
-    restored = restore(start.checkpoint, model, ranks) if start.checkpoint is not None else None
-    if restored is not None and restored.state.data != data.train.fingerprint and not config.run.allow_changes:
-        raise UserError(
-            f"The training examples are others than those of {start.checkpoint}: records or images changed since. Restore "
-            "them, give another run.output_dir, or set run.allow_changes=true to go on with the new ones."
-        )
-    if config.run.self_test:
-        tested = ranks.each(lambda: self_test(model, data.train, ranks.device))
-        console.say(str(tested))
-    engine = make_engine(model, ranks, config.optim, launch)
-    if restored is not None:
-        engine.restore_moments(restored.moments, restored.state.updates)
-    plan = data.plan(config)
-    first_step = restored.state.step if restored is not None else 0
-    if ranks.is_main:
-        directory.begin(config, start)
-        write_bad_rows(config.run.output_dir / BAD_ROWS, data.bad)
-        Watch.clear(config.run.output_dir)
-    ranks.wait()
-    record = Record(config.run.output_dir, is_main=ranks.is_main, keep_to_step=first_step, data=data.train, plan=plan)
-    record.dropped(data.dropped, step=0)
-    late = LateFaults(
-        ranks.on_main(record.dropped_while_training),
-        record=record,
-        num_examples=len(data.train.examples),
-        max_fraction=config.data.max_bad_fraction,
-    )
-    return Run(
-        config=config,
-        ranks=ranks,
-        console=console,
-        processor=processor,
-        data=data,
-        plan=plan,
-        watch=watch,
-        late=late,
-        nonfinite=NonFiniteSteps(config.optim.nonfinite, ranks, num_skipped=restored.state.skipped if restored else 0),
-        frequency=frequency,
-        model=model,
-        engine=engine,
-        record=record,
-        tracking=begin_tracking(
-            config,
-            wandb,
-            os.environ,
-            held_out=data.held_out,
-            first_step=first_step,
-            is_main=ranks.is_main,
-            say=console.say,
-        ),
-        best=BestCheckpoint(config.run.output_dir, config.eval.best_metric, is_main=ranks.is_main),
-        flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
-        first_step=first_step,
-    )
-
-
 def run_once(config: Config, ending: Ending) -> Outcome:
     """One run from its settings to its adapter (all ranks)."""
     launch = read_launch(config, os.environ)
@@ -320,11 +209,11 @@ def run_once(config: Config, ending: Ending) -> Outcome:
     if start.finished:
         return Outcome(FINISHED, "was finished before", 0)
     watch = Watch(config.run.output_dir, ranks.rank, stall_s=stall_s, on_verdict=ending.lost)
-    run = prepare(config, ranks, console, start, launch, watch, wandb)
+    run = prepare(config, Session(ranks=ranks, console=console, launch=launch, watch=watch, wandb=wandb), start)
     console.prepared(
         run.config, run.data, run.model, launch, num_steps=run.plan.num_steps, first_step=run.first_step, ranks=ranks
     )
-    ending.step, ending.training, ending.watch = run.first_step, True, watch
+    ending.step, ending.training, ending.watch, ending.tracking = run.first_step, True, watch, run.tracking
     with console, run.tracking, stop.deferred(), watch:
         outcome = train(run, stop, ending)
         if outcome.code == FINISHED:

@@ -55,7 +55,7 @@ def test_a_process_of_this_machine_that_died_is_gone_at_once_reaped_or_not() -> 
 def test_watching_writes_signs_and_an_orderly_end_leaves_nothing(tmp_path: Path) -> None:
     Watch.clear(tmp_path)
     (tmp_path / FOLDER / "rank-00009.json").write_text("{torn")
-    with Watch(tmp_path, 0, stall_s=None, on_verdict=lambda reason: None, between_s=0.02) as watch:
+    with Watch(tmp_path, 0, stall_s=None, on_verdict=lambda reason, first: None, between_s=0.02) as watch:
         watch.doing("in step 1")
         assert watch.others_gone(0.0) is None
     assert '"ended": true' in (tmp_path / FOLDER / "rank-00000.json").read_text()

@@ -105,14 +105,15 @@ class Watch:
         rank: int,
         *,
         stall_s: float | None,
-        on_verdict: Callable[[str], None],
+        on_verdict: Callable[[str, bool], None],
         between_s: float = SECONDS_BETWEEN_SIGNS,
     ) -> None:
         """
         Args:
             output_dir: shared by all ranks, and ready.
             stall_s: as for `verdict`.
-            on_verdict: called by the rank that finds first that the run must end, with the reason, before it ends itself.
+            on_verdict: called when the run must end, with the reason and whether this rank found it first; the process ends
+                after it.
             between_s: seconds between two signs.
         """
         self._folder = output_dir / FOLDER
@@ -183,14 +184,16 @@ class Watch:
                 self._end(found)
             suspected = found
 
-    def _end(self, reason: str | None) -> None:
-        """Ends this process; with a reason, as the first to find it."""
+    def _end(self, found: str | None) -> None:
+        """Ends this process: as the first to find something, or because another did."""
         self.write_stacks()
-        if reason is not None:
-            with contextlib.suppress(FileExistsError), (self._folder / VERDICT).open("x") as file:
-                file.write(reason)
-                self._on_verdict(f"{reason} (stacks: {self._stacks})")
-            time.sleep(3 * self._between_s)  # for the others to see the verdict and write their stacks too
+        path, first = self._folder / VERDICT, False
+        if found is not None:
+            with contextlib.suppress(FileExistsError), path.open("x") as file:
+                file.write(found)
+                first = True
+        self._on_verdict(f"{path.read_text() or found} (stacks: {self._stacks})", first)
+        time.sleep(3 * self._between_s)  # for the others to see the verdict and write their stacks too
         os._exit(1)
 
     def write_stacks(self, error: BaseException | None = None) -> Path:

@@ -10,6 +10,7 @@ from vl_dist.errors import SharedError, UserError
 from vl_dist.run.alive import Watch
 from vl_dist.run.directory import obstacle
 from vl_dist.run.files import OUTCOME
+from vl_dist.run.tracking import STOP_S, Tracking
 
 FINISHED, BUG, WRONG_INPUT, STOPPED = 0, 1, 2, 85
 SECONDS_TO_LOOK = 5.0  # for a rank whose end made this one fail
@@ -37,6 +38,7 @@ class Ending:
         self._is_main = is_main
         self.step = 0  # kept up to date by the loop
         self.watch: Watch | None = None  # set by the loop
+        self.tracking: Tracking | None = None  # set by the loop
         self.training = False  # set by the loop
         self.outcome = Outcome(BUG, "ended without saying why", 0)
 
@@ -66,12 +68,15 @@ class Ending:
             self._write()
         return isinstance(error, UserError | KeyboardInterrupt)
 
-    def lost(self, gone: str) -> None:
-        """Another rank is gone, or stands still: whichever rank finds it first says so."""
+    def lost(self, gone: str, first: bool = True) -> None:
+        """Another rank is gone, or stands still: whichever rank finds it first says so, and trackers are told."""
         self.outcome = Outcome(BUG, f"{gone}; start again to go on from the last checkpoint", self.step)
-        if not self._file.is_file():
+        if first and not self._file.is_file():
             sys.stderr.write(f"{self.outcome.reason}\n")
             self._write()
+        if self.tracking is not None:
+            self.tracking.alert("The run ended: a rank is lost", self.outcome.reason)
+            self.tracking.close(BUG, limit_s=STOP_S)
 
     def _write(self) -> None:
         if obstacle(self._file.parent) is not None:
