@@ -54,14 +54,6 @@ def fail(arguments: list[str], how: str, failing_rank: int) -> int:
     return train_main(arguments)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("failure")
-    make_shapes(ShapesConfig(dir=home / "data", num_train=8, num_eval=1))
-    save_adapter(packed_model(home / "data" / "model").peft_model, home / "adapter")
-    return home
-
-
 @pytest.mark.parametrize(
     ("how", "failing_rank", "layout"),
     [("dies", 1, DDP), ("dies", 0, DDP), ("dies", 1, ZERO3), ("is stopped", 1, DDP), ("stands still", 1, DDP)],

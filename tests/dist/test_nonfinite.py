@@ -33,14 +33,6 @@ def train_with_nan(arguments: list[str], bad: list[str], where: str) -> int:
     return train_main(arguments)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("nonfinite")
-    make_shapes(ShapesConfig(dir=home / "data", num_train=8, num_eval=1))
-    save_adapter(packed_model(home / "data" / "model").peft_model, home / "adapter")
-    return home
-
-
 def go(
     home: Path, run: Path, layout: Layout, bad: list[str], *more: str, where: str = "loss"
 ) -> tuple[list[int | None], str]:

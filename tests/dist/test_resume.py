@@ -38,14 +38,6 @@ DDP = Layout(2, "cpu.yaml")
 ZERO1, ZERO2, ZERO3 = (Layout(2, f"zero{stage}.yaml") for stage in (1, 2, 3))
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("resume")
-    make_shapes(ShapesConfig(dir=home / "data", num_train=8, num_eval=1))
-    save_adapter(packed_model(home / "data" / "model").peft_model, home / "adapter")  # no gradient is zero
-    return home
-
-
 def words(home: Path, run: Path, dropout: float) -> list[str]:
     data = home / "data"
     return [
