@@ -145,8 +145,8 @@ class Task:
             self.model.train()
             self.engine.set_lr(1e-4)
             for packs in steps():
-                loss, _ = train_step(packs, run)
-            loss.item()  # until the device is done
+                losses, _ = train_step(packs, run)
+            losses.sum().item()  # until the device is done
 
         def gradient() -> dict[str, torch.Tensor]:
             self.model.eval()
