@@ -46,7 +46,7 @@ def _steps(found: Forecast) -> Table:
         "rank skew": f"largest over mean cost {figures.skew:.3f}, worst step {figures.worst_skew:.3f}",
         "useful operations": f"{per_step:,.4g} TFLOP a step, {per_step * plan.num_steps / 1e3:,.4g} PFLOP in all",
     }
-    return _table(f"plan on {found.world_size} GPUs", rows)
+    return _table(f"plan on {found.world_size} GPU{'s' if found.world_size > 1 else ''}", rows)
 
 
 def _lengths(found: Forecast) -> Table:
