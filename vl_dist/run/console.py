@@ -139,7 +139,11 @@ class RunConsole:
         adapter = output_dir / "adapter"
         self.panel(
             "finished",
-            [("scores", scores), ("adapter", str(adapter)), ("next", f"python -m vl_dist predict {adapter} IMAGE")],
+            [
+                *([("scores", scores)] if scores else []),
+                ("adapter", str(adapter)),
+                ("next", f"python -m vl_dist predict {adapter} IMAGE"),
+            ],
         )
 
     def train_step(self, done: int, num_steps: int) -> None:
