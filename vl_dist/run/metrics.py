@@ -77,7 +77,8 @@ class Record:
     def dropped(self, examples: Sequence[Dropped], *, step: int) -> None:
         """Examples that a step, or where it is 0 any step, will not have; those written before are not repeated."""
         if self._is_main and examples:
-            written = {row.get("dropped") for row in self._ledger.rows() if row["step"] == step}
+            # Rows of later steps than the one that training goes on from were cut: only those of step 0 can be there.
+            written = {row.get("dropped") for row in self._ledger.rows() if row["step"] == 0} if step == 0 else set()
             for one in examples:
                 if one.id not in written:
                     self._ledger.write({"step": step, "dropped": one.id, "reason": one.reason})
