@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vl_dist.data.images import Grid
+from vl_dist.file_modes import give_usual_mode
 
 SUFFIX = ".safetensors"
 INDEX = "images"  # key of the metadata
@@ -74,6 +75,7 @@ def write_shard(directory: Path, features: Sequence[tuple[str, torch.Tensor]]) -
     partial, shard = directory / f".{name}.partial", directory / f"{name}{SUFFIX}"
     try:
         save_file({"features": joined}, partial, metadata={INDEX: json.dumps(places)})
+        give_usual_mode(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(shard)

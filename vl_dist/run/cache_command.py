@@ -125,8 +125,8 @@ def _refuse_small_disk(directory: Any, size: int) -> None:
     missing, free = size - there, free_bytes(directory)
     if missing > free:
         raise UserError(
-            f"The features of all images take {_size(size)}, of which {_size(there)} are there, and the disk of {directory} "
-            f"has {_size(free)} left. Free some, or give another model.feature_cache; training works without one."
+            f"The features of all images take {_size(size)}, of which {_size(there)} are there, and the disk of "
+            f"{directory} has {_size(free)} left. Free some, or give another model.feature_cache; training works without one."
         )
 
 
