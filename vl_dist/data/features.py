@@ -102,6 +102,10 @@ class FeatureReader:
         self._places: dict[str, Place] = {}
         self._seen_ns: int | None = None  # the directory's time of change when it was last read
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent to another process it begins anew: what is mapped here is not there."""
+        return self.__dict__ | {"_shards": {}, "_places": {}, "_seen_ns": None}
+
     def get(self, key: str) -> torch.Tensor | None:
         """[V, H] of an image; None: they are not there, or not what was written."""
         if key not in self._places:

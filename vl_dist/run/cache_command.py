@@ -63,7 +63,9 @@ def _fill_and_tell(config: Config, ranks: "Ranks") -> None:
     console = Console(highlight=False, quiet=not ranks.is_main)
     started = time.perf_counter()
     with progress("images", 0, shown=ranks.is_main) as bar:
-        found = fill(config, ranks, say=lambda text: console.print(text, markup=False), on_progress=bar.of_total)
+        found = fill(
+            config, ranks, say=lambda text: console.print(text, markup=False, soft_wrap=True), on_progress=bar.of_total
+        )
     console.print(
         f"{found.num_images:,} images, {found.num_added:,} of them added, {_size(found.num_bytes)} of features, "
         f"{time.perf_counter() - started:.0f} s: {found.directory}",
@@ -126,7 +128,8 @@ def _refuse_small_disk(directory: Any, size: int) -> None:
     if missing > free:
         raise UserError(
             f"The features of all images take {_size(size)}, of which {_size(there)} are there, and the disk of "
-            f"{directory} has {_size(free)} left. Free some, or give another model.feature_cache; training works without one."
+            f"{directory} has {_size(free)} left. Free some, or give another model.feature_cache; training works without "
+            "one."
         )
 
 

@@ -232,7 +232,7 @@ def _begin(directory: Path, space: FeatureSpace, reader: FeatureReader, say: Cal
             shard.unlink(missing_ok=True)
         (directory / ABOUT).write_text(json.dumps(space.settings, indent=1, default=str) + "\n")
     if damaged:
-        say(f"Feature cache: {len(damaged)} damaged shards, first {damaged[0].name}; their images are encoded again.")
+        say(f"Feature cache: damaged shards: {len(damaged)}, first {damaged[0].name}. Their images are encoded again.")
     others = [path for path in directory.parent.iterdir() if path != directory and (path / ABOUT).is_file()]
     if others:
         size = sum(shard.stat().st_size for path in others for shard in path.glob(f"*{SUFFIX}"))
