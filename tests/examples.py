@@ -6,7 +6,8 @@ import torch
 
 from vl_dist.data.records import Example, ImagePart, Message, TextPart
 from vl_dist.model.attention import Backend
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.settings import LoraSettings
 

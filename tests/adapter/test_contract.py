@@ -19,7 +19,8 @@ from vl_dist.adapter.probe import compare, distance, drawing, next_logits, probe
 from vl_dist.data.images import PixelBudget
 from vl_dist.data.records import ImagePart, Message, TextPart
 from vl_dist.errors import UserError
-from vl_dist.model.load import adapter_state, load_processor
+from vl_dist.model.load import load_processor
+from vl_dist.model.lora import adapter_state
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.tiny import make_tiny_model
 

@@ -19,13 +19,16 @@ from vl_dist.data.lengths import Lengths
 from vl_dist.data.plan import make_plan
 from vl_dist.forecast.steps import histogram, measure_steps
 from vl_dist.model.flops import FlopCounter, read_shape
+from vl_dist.model.targets import lora_size
+from vl_dist.settings import LoraSettings
 
 
 @pytest.fixture(scope="module")
 def flops(tmp_path_factory: pytest.TempPathFactory) -> FlopCounter:
     directory: Path = tmp_path_factory.mktemp("2b")
     config_2b().save_pretrained(directory)
-    return FlopCounter(read_shape(directory), 64, ("q_proj",))
+    shape = read_shape(directory)
+    return FlopCounter(shape, lora_size(shape, LoraSettings(r=64, target_modules=("q_proj",))))
 
 
 def test_figures_are_sums_over_the_packs_that_training_would_get(flops: FlopCounter) -> None:

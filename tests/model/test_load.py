@@ -12,15 +12,8 @@ from peft import PeftModel
 from tests.examples import SEVEN, packed_model
 from vl_dist.data.collate import Collator
 from vl_dist.errors import UserError
-from vl_dist.model.load import (
-    adapter_state,
-    attach_lora,
-    load_adapter_weights,
-    load_base,
-    load_processor,
-    patch_shape,
-    resolve_dtype,
-)
+from vl_dist.model.load import load_base, load_processor, patch_shape, resolve_dtype
+from vl_dist.model.lora import adapter_state, attach_lora, load_adapter_weights
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.settings import LoraSettings

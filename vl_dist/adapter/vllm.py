@@ -22,6 +22,7 @@ MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 LANGUAGE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWER_LAYERS = ("qkv", "proj", "fc1", "fc2", "0", "2")  # 0 and 2 are the merger's
 KEY_PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
 LANGUAGE, TOWER = "model.language_model.layers.", "model.visual."  # what vLLM's mapper of Qwen2-VL renames
 
 
@@ -43,7 +44,8 @@ def obstacles(settings: dict[str, Any], names: Iterable[str]) -> list[str]:
         found.append("it trains biases, which vLLM does not load")
     if settings.get("rank_pattern") or settings.get("alpha_pattern"):
         found.append("its layers differ in rank or alpha, vLLM scales all of them alike")
-    strange = sorted(name for name in names if not _loads(name))
+    # DoRA's magnitudes are named above.
+    strange = sorted(name for name in names if not _loads(name) and not (settings.get("use_dora") and _MAGNITUDE in name))
     if strange:
         found.append(f"vLLM has no LoRA for {len(strange)} of its tensors, first {strange[0]}")
     return found

@@ -18,7 +18,7 @@ from vl_dist.data.collate import Batch
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.launched import Launch
-from vl_dist.run.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
+from vl_dist.run.optim import clip_gradients, gradient_norm, make_optimizer, parameter_groups, set_lr
 from vl_dist.settings import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,7 +55,7 @@ class Engine(Protocol):
         """The gradients are gone without a step, and the optimizer is as it was."""
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the next step."""
+        """The learning rate of the next step: the language model's, to which those of other parts have a fixed ratio."""
 
     def trained(self) -> Trained | None:
         """Weights and moments, gathered if need be; None on ranks other than 0, which only take part."""
@@ -83,7 +83,7 @@ class PlainEngine:
         self._pack = Packs(model, always_images=False)
         self._max_grad_norm = settings.max_grad_norm
         self._norm: torch.Tensor | None = None  # of the gradient that is there, once asked for
-        self._optimizer = make_optimizer(self._parameters.values(), settings)
+        self._optimizer = make_optimizer(parameter_groups(self._parameters, settings), settings)
         self._wrapped: nn.Module = ranks.accelerator.prepare_model(model)
 
     def __call__(self, pack: Batch) -> torch.Tensor:
@@ -158,7 +158,7 @@ class ZeroEngine:
         self._stage = launch.zero_stage
         # Layers of stage 3 are gathered by all ranks together, so all must run the tower, or none.
         self._pack = Packs(model, always_images=self._stage == 3)
-        optimizer = make_optimizer(self._parameters.values(), settings)
+        optimizer = make_optimizer(parameter_groups(self._parameters, settings), settings)
         self._engine, _ = ranks.accelerator.prepare(model, optimizer)
         self._stepped = False  # the optimizer has moments to give
 
