@@ -14,7 +14,7 @@ from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend, register
 from vl_dist.model.tower import PatchProjection
 
-NOT_IN_4_BITS = ["visual", "lm_head"]  # a tower in 4 bits sees worse, and the head is the embedding
+NOT_IN_4_BITS = ["model.visual", "lm_head"]  # a tower in 4 bits sees worse, and the head is the embedding
 
 
 def resolve_dtype(

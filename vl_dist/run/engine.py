@@ -201,6 +201,8 @@ class ZeroEngine:
     def clip_and_step(self) -> torch.Tensor:
         """One optimizer step, clipped by DeepSpeed to its `gradient_clipping`; the gradient's norm before."""
         self._engine.step()
+        if not self._stepped and self._stage != 3:
+            self._link_moments()  # DeepSpeed has, after its first group of parameters, when the others had none yet
         self._stepped = True
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._ranks.device)
 
@@ -237,7 +239,7 @@ class ZeroEngine:
             }
         self._stepped = True
         if self._stage != 3:
-            zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed calls after the first step
+            self._link_moments()
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
                 value = moments[f"{name}.{moment}"]
@@ -245,6 +247,12 @@ class ZeroEngine:
                     self._set_share(parameter, value, moment)
                 else:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+
+    def _link_moments(self) -> None:
+        """Tells each parameter of stage 1 or 2 where its moments are, as DeepSpeed does once a step was taken."""
+        zero = self._engine.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _set_share(self, parameter: nn.Parameter, value: torch.Tensor, moment: str) -> None:
         """This rank's part of a moment. The last rank's may be padded, which DeepSpeed's own setter does not foresee."""
