@@ -84,8 +84,7 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
     processor = load_processor(model_dir)
     with console.measuring() as on_progress:
         data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
-    model_shape = read_shape(model_dir)
-    targets = choose_targets(config.lora, linear_layers(model_shape))  # before weights are paid for
+    targets, flops = _what_trains(config, model_dir)
     frequency = load_frequency(config.eval, ranks)
     model, restored = _model(config, session, model_dir, data, start)
     engine = make_engine(model, ranks, config.optim, session.launch)
@@ -119,9 +118,15 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         record=record,
         tracking=tracking,
         best=BestCheckpoint(config.run.output_dir, config.eval.best_metric, is_main=ranks.is_main),
-        flops=FlopCounter(model_shape, lora_size(model_shape, config.lora)),
+        flops=flops,
         first_step=first_step,
     )
+
+
+def _what_trains(config: Config, model_dir: Path) -> tuple[Targets, FlopCounter]:
+    """The layers that get LoRA, and what a step costs with them; before weights are paid for."""
+    shape = read_shape(model_dir)
+    return choose_targets(config.lora, linear_layers(shape)), FlopCounter(shape, lora_size(shape, config.lora))
 
 
 def _model(
