@@ -26,7 +26,7 @@ from vl_dist.run.export import export_adapter
 from vl_dist.run.interrupt import StopRequest, TimeLimit
 from vl_dist.run.launched import read_launch
 from vl_dist.run.metrics import Meter
-from vl_dist.run.optim import lr_factor
+from vl_dist.run.optim import lr_factor, part_rates
 from vl_dist.run.outcome import FINISHED, STOPPED, WRONG_INPUT, Ending, Outcome
 from vl_dist.run.prepare import Run, Session, prepare
 from vl_dist.run.trackers import check_trackers
@@ -65,7 +65,8 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     for (share, dropped), waited_s in timed(ranks.together_noting(remaining_steps(run), lambda share: share.dropped)):
         run.late.add(dropped)
         done = share.step.number + 1
-        lr = config.optim.lr * lr_factor(config.optim, share.step.number, num_steps=num_steps)
+        factor = lr_factor(config.optim, share.step.number, num_steps=num_steps)
+        lr = config.optim.lr * factor
         run.engine.set_lr(lr)
         seed_dropout(config.run.seed, share.step.number, ranks.rank)
         losses, grad_norm = train_step(share.packs, run)
@@ -78,7 +79,9 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         is_last = done == num_steps
         stop.after_step()
         stopping = ranks.any(stop.reason is not None) and not is_last
-        row: dict[str, Any] = {"step": done, "epoch": share.step.epochs_done, "train/lr": lr}
+        row: dict[str, Any] = {"step": done, "epoch": share.step.epochs_done, "train/lr": lr} | part_rates(
+            config.optim, factor
+        )
         logged = is_last or stopping or is_due(done, config.log.every_steps)
         evaluated = is_last or is_due(done, config.eval.every_steps)
         if logged:
@@ -212,7 +215,14 @@ def run_once(config: Config, ending: Ending) -> Outcome:
     watch = Watch(config.run.output_dir, ranks.rank, stall_s=stall_s, on_verdict=ending.lost)
     run = prepare(config, Session(ranks=ranks, console=console, launch=launch, watch=watch, wandb=wandb), start)
     console.prepared(
-        run.config, run.data, run.model, launch, num_steps=run.plan.num_steps, first_step=run.first_step, ranks=ranks
+        run.config,
+        run.data,
+        run.model,
+        run.targets,
+        launch,
+        num_steps=run.plan.num_steps,
+        first_step=run.first_step,
+        ranks=ranks,
     )
     ending.step, ending.training, ending.watch, ending.tracking = run.first_step, True, watch, run.tracking
     with console, run.tracking, stop.deferred(), watch, run.features:

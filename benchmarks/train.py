@@ -44,7 +44,8 @@ from vl_dist.data.encode import Encoder
 from vl_dist.data.images import PixelBudget
 from vl_dist.data.records import Example, ImagePart, Message, TextPart
 from vl_dist.model.attention import resolve_backend
-from vl_dist.model.load import attach_lora, load_base, load_processor
+from vl_dist.model.load import load_base, load_processor
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.run.distributed import Ranks

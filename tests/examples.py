@@ -10,7 +10,8 @@ from vl_dist.data.features import FeatureReader, write_shard
 from vl_dist.data.records import Example, ImagePart, Message, TextPart
 from vl_dist.model.attention import Backend
 from vl_dist.model.features import feature_space
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.settings import LoraSettings
 
@@ -42,15 +43,21 @@ def packed_model(
     dropout: float = 0.0,
     seed: int = 3,
     dtype: torch.dtype = torch.float32,
+    lora: LoraSettings | None = None,
 ) -> PackedModel:
-    """A tiny model whose adapter is random on both sides, so that every gradient is other than zero."""
+    """A tiny model whose adapter is random on both sides, so that every gradient is other than zero.
+
+    Args:
+        lora: instead of `r`, `dropout` and alpha 8.
+    """
     base = load_base(directory, dtype, backend)
-    settings = LoraSettings(r=r, alpha=8, dropout=dropout)
+    settings = LoraSettings(r=r, alpha=8, dropout=dropout) if lora is None else lora
     model = PackedModel(attach_lora(base, settings, seed=seed), backend)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.lora_parameters.values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        for name, parameter in model.lora_parameters.items():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(parameter * (1 + noise) if "magnitude" in name else noise)  # DoRA's, near the weight's own norm
     return model.train()
 
 

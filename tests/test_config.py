@@ -40,6 +40,11 @@ def test_a_dumped_configuration_is_a_recipe_that_reads_back_equal(recipe: Path, 
         ("data.eval=last:4", "last:4"),
         ("optim.max_steps=null", None),
         ("lora.target_modules=[q_proj,v_proj]", ("q_proj", "v_proj")),
+        ("lora.target_modules=[0]", ("0",)),
+        (r"lora.target_modules=.*\.layers\.[0-3]\..*q_proj", r".*\.layers\.[0-3]\..*q_proj"),
+        ("lora.target_modules=(q|v)_proj: x", "(q|v)_proj: x"),
+        ("lora.init_lora_weights=true", "default"),
+        ("model.quantize=4bit", "4bit"),
         ("optim.lr=1e-4", 1e-4),
         ("data.shuffle=false", False),
     ],
@@ -62,7 +67,17 @@ def test_a_word_means_what_it_says(word: str, expected: object) -> None:
         ("optim.lr.x=3", ["optim.lr.x"]),
         ("optim.lr", ["section.key=value"]),
         ("lora.dropout=1.0", ["lora.dropout", "below 1"]),
-        ("lora.target_modules=[]", ["lora.target_modules"]),
+        ("lora.target_modules=[]", ["lora.target_modules", "list of names", "regular expression"]),
+        ("lora.target_modules=null", ["lora.target_modules", "list of names"]),
+        ("lora.target_modules=[[q_proj]]", ["lora.target_modules", "list of names"]),
+        ("lora.target_modules=(q_proj", ["lora.target_modules", "no regular expression", "[q_proj, v_proj]"]),
+        ("lora.init_lora_weights=pissa_niter_4", ["lora.init_lora_weights", "changes the frozen base", "orthogonal"]),
+        ("lora.init_lora_weights=olora", ["lora.init_lora_weights", "changes the frozen base"]),
+        ("lora.init_lora_weights=eva", ["lora.init_lora_weights", "pass over the data"]),
+        ("lora.init_lora_weights=false", ["lora.init_lora_weights", "not known"]),
+        ("optim.lr_tower=1e-5", ["optim.lr_tower", "lora.tower"]),
+        ("optim.lr_merger=0", ["optim.lr_merger", "above 0"]),
+        ("model.quantize=8bit", ["model.quantize", "4bit"]),
         ("data.resized_height=280", ["data.resized_width"]),
         ("run.final=best", ["data.eval", "run.final=last"]),
         ("eval.best_metric=ciderr", ["eval.best_metric", "cider | bleu1"]),
@@ -185,3 +200,27 @@ def test_a_duration_means_the_same_however_yaml_reads_it(word: str, seconds: flo
 def test_what_is_no_duration_is_refused(word: str) -> None:
     with pytest.raises(UserError, match=r"run\.max_time"):
         load(None, [f"run.max_time={word}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["lora.init_lora_weights=orthogonal", "lora.r=5"], ["orthogonal", "even", "5"]),
+        (["lora.init_lora_weights=gaussian", "lora.init_from=x"], ["lora.init_from", "lora.init_lora_weights"]),
+    ],
+)
+def test_first_weights_that_cannot_be_are_refused(words: list[str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        load(None, words)
+    assert all(part in str(refused.value) for part in parts)
+
+
+def test_an_expression_in_a_recipe_is_text_and_a_list_is_names_and_both_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for written, expected in ((r"'.*\.[02]\.mlp\..*'", r".*\.[02]\.mlp\..*"), ("[q_proj]", ("q_proj",))):
+        path.write_text(f"lora:\n  target_modules: {written}\n")
+        config = load(path)
+        assert config.lora.target_modules == expected
+        path.write_text(dump(config))
+        assert load(path) == config
+    assert load(path, ["lora.r=3"]).lora.target_modules == ("q_proj",)

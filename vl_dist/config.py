@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vl_dist.durations import duration_s
 from vl_dist.errors import UserError
+from vl_dist.lora_keys import check_lora, take_targets
 from vl_dist.settings import Config, TrainFile
 
 DEFAULT_RECIPE = Path("recipes/shapes.yaml")
@@ -60,7 +61,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora.r": _at_least(1),
     "lora.alpha": _above(0),
     "lora.dropout": ((lambda value: 0 <= value < 1), "must be at least 0 and below 1"),
-    "lora.target_modules": ((lambda value: len(value) > 0), "must name at least one layer"),
     "data.train": (
         (lambda value: len(value) > 0 and all(0 < file.weight < math.inf for file in value)),
         "must name at least one file, and weights must be above 0",
@@ -77,6 +77,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch.max_tokens_per_pack": _at_least(1),
     "batch.pack_lengths": _at_least(1),
     "optim.lr": _above(0),
+    "optim.lr_tower": _above(0),
+    "optim.lr_merger": _above(0),
     "optim.warmup_steps": _at_least(0),
     "optim.weight_decay": _at_least(0),
     "optim.max_grad_norm": _above(0),
@@ -112,9 +114,10 @@ def load(recipe: Path | None, words: Sequence[str] = ()) -> Config:
     """
     given = [("the recipe " + str(recipe), _read_yaml(recipe))] if recipe is not None else []
     given.append(("the command line", _parse_words(words)))
-    merged = OmegaConf.structured(Config)
+    merged, targets = OmegaConf.structured(Config), Config().lora.target_modules
     for source, values in given:
         _spell_out_train_files(values, source)
+        targets = take_targets(values, source) or targets
         _spell_out_off(values)
         for path, value in _leaves(values):
             _refuse_unknown(path, value, source)
@@ -123,6 +126,7 @@ def load(recipe: Path | None, words: Sequence[str] = ()) -> Config:
         except OmegaConfBaseException as error:
             raise UserError(_wrong_value(error, source)) from None
     config = _with_train_files(OmegaConf.to_object(merged))  # type: ignore[arg-type]
+    config = replace(config, lora=replace(config.lora, target_modules=targets))
     _check_rules(config)
     return config
 
@@ -208,6 +212,8 @@ def _type_name(hint: Any) -> str:
         return " | ".join(get_args(hint))
     if get_args(hint) == (TrainFile, ...):
         return "path | list of path or {path, weight}"
+    if hint is Any:
+        return "list of text | text"
     if get_origin(hint) is tuple:
         return f"list of {_type_name(get_args(hint)[0])}"
     if get_args(hint):
@@ -348,6 +354,7 @@ def _check_rules(config: Config) -> None:
         raise UserError(
             "data.overflow=shrink_images makes images smaller, but data.resized_height/resized_width fix their size."
         )
+    check_lora(config)
     if config.run.final == "best" and data.eval is None:
         raise UserError("run.final=best needs held-out records to tell which is best: set data.eval, or run.final=last.")
     if data.eval is not None and data.eval.startswith("last:"):

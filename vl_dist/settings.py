@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    TargetModules = tuple[str, ...] | str
+else:
+    TargetModules = Any  # OmegaConf knows no "list or text"; `vl_dist.config` checks it
 
 
 def key(default: Any, meaning: str, unit: str = "", *, trains: bool = True) -> Any:
@@ -45,6 +50,10 @@ class ModelConfig:
         "`python -m vl_dist cache`; null: images go through the tower in every step",
         trains=False,
     )
+    quantize: Literal["4bit"] | None = key(
+        None,
+        "4bit: the language model's frozen linear layers in 4 bits (NF4, by bitsandbytes; CUDA only); null: as model.dtype",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +62,22 @@ class LoraSettings:
 
     r: int = key(64, "rank of the update", "dimensions")
     alpha: float = key(16.0, "the update is scaled by alpha / r")
+    rslora: bool = key(False, "the update is scaled by alpha / sqrt(r) instead")
+    dora: bool = key(False, "DoRA: each output's magnitude is trained apart from its direction; not under ZeRO 3")
     dropout: float = key(0.05, "dropout on the input of the update", "probability")
-    target_modules: tuple[str, ...] = key(
+    target_modules: TargetModules = key(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "names of the linear layers that get an update",
+        "linear layers that get an update: a list of names (a layer's last name, or the end of its path), or one text, a "
+        "regular expression for the whole path (model.language_model.layers.0.self_attn.q_proj)",
     )
-    init_from: Path | None = key(None, "adapter directory to start from; null: fresh weights, B zero")
+    tower: bool = key(
+        False, "lora.target_modules reaches the vision tower too (its layers: qkv, proj, fc1, fc2); false: never"
+    )
+    merger: bool = key(False, "lora.target_modules reaches the merger too (its layers: mlp.0, mlp.2); false: never")
+    init_lora_weights: str = key(
+        "default", "fresh weights: default (A Kaiming uniform, B zero), gaussian (A normal, B zero), orthogonal (B A zero)"
+    )
+    init_from: Path | None = key(None, "adapter directory to start from; null: fresh weights, by lora.init_lora_weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +148,8 @@ class OptimConfig:
     """AdamW (betas 0.9 and 0.999, eps 1e-8) and its schedule."""
 
     lr: float = key(1e-4, "highest learning rate")
+    lr_tower: float | None = key(None, "highest learning rate of the vision tower's LoRA; null: optim.lr")
+    lr_merger: float | None = key(None, "highest learning rate of the merger's LoRA; null: optim.lr")
     schedule: Literal["linear", "cosine", "constant"] = key("linear", "how the learning rate falls after the warm-up")
     warmup_steps: int = key(0, "the learning rate rises linearly from 0 over these steps", "steps")
     weight_decay: float = key(0.0, "decoupled weight decay")

@@ -58,7 +58,7 @@ def test_a_damaged_metadata_file_is_the_first_thing_that_does_not_hold(adapter: 
     ("change", "names", "reason"),
     [
         ({"r": 513}, [LANGUAGE], "up to 512"),
-        ({"use_dora": True}, [LANGUAGE], "DoRA"),
+        ({"use_dora": True}, [LANGUAGE, LANGUAGE.replace("lora_A.weight", "lora_magnitude_vector")], "DoRA"),
         ({"modules_to_save": ["lm_head"]}, [LANGUAGE], "lm_head"),
         ({"bias": "all"}, [LANGUAGE], "biases"),
         ({"alpha_pattern": {"q_proj": 8}}, [LANGUAGE], "alike"),
@@ -76,7 +76,9 @@ def test_what_vllm_serves_has_no_obstacle_and_the_smallest_rank_that_holds_it(ex
     assert vllm.obstacles(PLAIN, [LANGUAGE, TOWER, MERGER]) == []
     assert vllm.obstacles(PLAIN | {"use_rslora": True, "r": 512}, [LANGUAGE]) == []
     assert [vllm.max_rank(rank) for rank in (1, 8, 9, 64, 257, 512)] == [8, 8, 16, 64, 320, 512]
-    assert "--enable-tower-connector-lora" in vllm.serving_command(load(exported, base_dir=None), PLAIN, [TOWER])
+    adapter = load(exported, base_dir=None)
+    assert "--enable-tower-connector-lora" in vllm.serving_command(adapter, PLAIN, [TOWER])
+    assert ["experimental" in " ".join(vllm.notes(adapter, names)) for names in ([TOWER], [LANGUAGE])] == [True, False]
 
 
 def test_an_obstacle_of_vllm_ends_with_code_two_and_the_way_round_it(

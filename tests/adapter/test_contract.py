@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.adapter.made import PROMPT, asking, export, trained_on
+from tests.examples import packed_model
+from vl_dist import cli
 from vl_dist.adapter.base_files import fingerprint
 from vl_dist.adapter.contract import read_contract
 from vl_dist.adapter.load import STEPS, choose_budget, choose_prompt, load, refuse_other_prompt
@@ -19,7 +21,8 @@ from vl_dist.adapter.probe import compare, distance, drawing, next_logits, probe
 from vl_dist.data.images import PixelBudget
 from vl_dist.data.records import ImagePart, Message, TextPart
 from vl_dist.errors import UserError
-from vl_dist.model.load import adapter_state, load_processor
+from vl_dist.model.load import load_processor
+from vl_dist.model.lora import adapter_state
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.tiny import make_tiny_model
 
@@ -244,3 +247,32 @@ def test_the_processor_files_bound_images_as_training_did(exported: Path, photos
             theirs = loaded.processor.image_processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"]
         assert theirs.shape == pixels.shape
         assert (theirs - pixels).abs().mean() < 0.02, "only the resampling's rounding may differ"
+
+
+def test_an_adapter_of_a_base_in_4_bits_is_used_on_the_whole_one_and_says_so(
+    adapter: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def perturb(found: dict[str, Any]) -> None:
+        found["probe"]["base"] = [0.8 * logit for logit in found["probe"]["base"]]
+        found["probe"]["adapter"] = [1.2 * logit for logit in found["probe"]["adapter"]]
+
+    change_json(adapter / "training_metadata.json", perturb)
+    with pytest.raises(UserError, match="does not compute what it did"):
+        load(adapter, base_dir=None)
+    change_json(adapter / "training_metadata.json", lambda found: found.update(quantize="4bit"))
+    change_json(adapter / "training_metadata.json", lambda found: found["probe"].update(dtype="4bit"))
+    steps: dict[str, str] = {}
+    load(adapter, base_dir=None, on_step=steps.__setitem__)
+    assert "training had the base in 4 bits" in steps["base model"] and "against 4bit" in steps["probe"]
+    assert cli.main(["predict", str(adapter), str(photos / "cat.jpg")]) == 0
+    out, err = capsys.readouterr()
+    assert "4 bits" in err and "4 bits" not in out
+
+
+def test_a_probe_taken_on_a_base_in_4_bits_says_so(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    model = packed_model(tiny_model).peft_model
+    exported, _ = export(tiny_model, photos, tmp_path)
+    inputs = load(exported, base_dir=None).probe_inputs()
+    assert take_probe(model, inputs).probe.dtype == "float32"
+    model.get_base_model().is_loaded_in_4bit = True
+    assert take_probe(model, inputs).probe.dtype == "4bit"

@@ -20,7 +20,8 @@ from vl_dist.forecast.memory import (
     predict_memory,
 )
 from vl_dist.model.flops import ModelShape, read_shape
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.settings import LoraSettings
 from vl_dist.tiny import make_tiny_model

@@ -17,15 +17,20 @@ from vl_dist.cli import main
 from vl_dist.data.groups import group_examples
 from vl_dist.data.lengths import Lengths
 from vl_dist.data.plan import make_plan
+from vl_dist.forecast.forecast import _memory
+from vl_dist.forecast.memory import PackSize, Training, predict_memory
 from vl_dist.forecast.steps import histogram, measure_steps
 from vl_dist.model.flops import FlopCounter, read_shape
+from vl_dist.model.targets import lora_size
+from vl_dist.settings import LoraSettings
 
 
 @pytest.fixture(scope="module")
 def flops(tmp_path_factory: pytest.TempPathFactory) -> FlopCounter:
     directory: Path = tmp_path_factory.mktemp("2b")
     config_2b().save_pretrained(directory)
-    return FlopCounter(read_shape(directory), 64, ("q_proj",))
+    shape = read_shape(directory)
+    return FlopCounter(shape, lora_size(shape, LoraSettings(r=64, target_modules=("q_proj",))))
 
 
 def test_figures_are_sums_over_the_packs_that_training_would_get(flops: FlopCounter) -> None:
@@ -108,6 +113,23 @@ def test_the_command_needs_no_weights_and_prints_all_tables(
         "image features",
     ):
         assert part in shown, (part, shown)
+    recipe = str(ROOT / "recipes" / "coco2014_tutorial.yaml")
+    assert main(["plan", recipe, *words, "lora.target_modules=[q_proj,qkv]"]) == 2
+    assert "lora.tower=true" in capsys.readouterr().err
+    assert main(["plan", recipe, *words, "lora.target_modules=[q_proj,qkv]", "lora.tower=true"]) == 0
+    assert "memory of activations in the tower" in " ".join(capsys.readouterr().out.split())
+
+
+def test_memory_of_the_adapter_is_that_of_the_layers_that_train(flops: FlopCounter) -> None:
+    shape, pack = flops.shape, PackSize(tokens=512, targets=64, patches=400)
+    training = Training(rank=8, targets=("q_proj",), has_dropout=False, base_bytes=2)
+    plain = _memory(shape, training, lora_size(shape, LoraSettings(r=8, target_modules=("q_proj",))), pack,
+                    world_size=4, zero_stage=2)  # fmt: skip
+    wanted = predict_memory(shape, training, pack, world_size=4, zero_stage=2)
+    assert plain == replace(wanted, lora=pytest.approx(wanted.lora))
+    tower = lora_size(shape, LoraSettings(r=8, target_modules=("qkv",), tower=True))
+    none = replace(training, targets=())
+    assert _memory(shape, none, tower, pack, world_size=1, zero_stage=0).lora == pytest.approx(16 * tower.total)
 
 
 def test_a_number_of_gpus_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ from vl_dist.data.collate import Collator
 from vl_dist.data.features import FeatureReader
 from vl_dist.errors import UserError
 from vl_dist.model.features import feature_space, spot_check
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.engine import with_idle_image
 from vl_dist.settings import LoraSettings

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.real_shape import config_2b
 from vl_dist.model.flops import FlopCounter, known_peak_flops, read_shape
+from vl_dist.model.targets import lora_size
 from vl_dist.settings import LoraSettings
 
 
@@ -13,7 +14,8 @@ from vl_dist.settings import LoraSettings
 def counter(tmp_path_factory: pytest.TempPathFactory) -> FlopCounter:
     directory: Path = tmp_path_factory.mktemp("2b")
     config_2b().save_pretrained(directory)
-    return FlopCounter(read_shape(directory), rank=64, targets=LoraSettings().target_modules)
+    shape = read_shape(directory)
+    return FlopCounter(shape, lora_size(shape, LoraSettings(r=64)))
 
 
 def test_a_token_of_the_2b_with_the_tutorials_lora_costs_5_68_gflop(counter: FlopCounter) -> None:
@@ -33,8 +35,8 @@ def test_sharing_a_prompt_among_five_captions_costs_the_known_floor(counter: Flo
 
 
 def test_lora_on_fewer_layers_costs_less_and_a_larger_rank_more(counter: FlopCounter) -> None:
-    fewer = FlopCounter(counter.shape, 64, ("q_proj",))
-    larger = FlopCounter(counter.shape, 128, counter.targets)
+    fewer = FlopCounter(counter.shape, lora_size(counter.shape, LoraSettings(r=64, target_modules=("q_proj",))))
+    larger = FlopCounter(counter.shape, lora_size(counter.shape, LoraSettings(r=128)))
     assert fewer.per_token < counter.per_token < larger.per_token
 
 

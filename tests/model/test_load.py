@@ -1,4 +1,4 @@
-"""Loading: which precision, which layers, and an adapter that any PEFT program reads."""
+"""Loading the base: which precision, files that belong together, and a base in 4 bits."""
 
 import json
 import shutil
@@ -7,23 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from transformers import Qwen2VLForConditionalGeneration
 
-from tests.examples import SEVEN, packed_model
-from vl_dist.data.collate import Collator
 from vl_dist.errors import UserError
-from vl_dist.model.load import (
-    adapter_state,
-    attach_lora,
-    load_adapter_weights,
-    load_base,
-    load_processor,
-    patch_shape,
-    resolve_dtype,
-)
-from vl_dist.model.packed import PackedModel
-from vl_dist.run.checkpoint import save_adapter
-from vl_dist.settings import LoraSettings
+from vl_dist.model.flops import read_shape
+from vl_dist.model.load import four_bits, load_base, load_processor, patch_shape, refuse_quantize, resolve_dtype
+from vl_dist.model.targets import linear_layers, part_of
 
 
 @pytest.mark.parametrize(
@@ -45,76 +34,6 @@ def test_precision_follows_the_device_unless_it_is_set(
 def test_a_gpu_without_bfloat16_is_told_so_and_given_the_alternative(setting: Any) -> None:
     with pytest.raises(UserError, match=r"no bfloat16.*model\.dtype=float32"):
         resolve_dtype(setting, "cuda", bf16_supported=False)
-
-
-def test_the_saved_adapter_loads_with_plain_peft_and_gives_the_same_logits(
-    tiny_model: Path, collator: Collator, tmp_path: Path
-) -> None:
-    model = packed_model(tiny_model).eval()
-    save_adapter(model.peft_model, tmp_path)
-    loaded = PeftModel.from_pretrained(load_base(tiny_model, torch.float32, "sdpa"), tmp_path)
-    again = PackedModel(loaded, "sdpa").eval()
-    batch = collator.pack(SEVEN)
-    with torch.no_grad():
-        assert torch.equal(model.target_logits(batch), again.target_logits(batch))
-        with model.peft_model.disable_adapter():
-            assert not torch.allclose(model.target_logits(batch), again.target_logits(batch), atol=1e-2)
-
-
-def test_lora_goes_to_the_language_model_in_float32_and_everything_else_is_frozen(tiny_model: Path) -> None:
-    base = load_base(tiny_model, torch.bfloat16, "sdpa")
-    model = PackedModel(attach_lora(base, LoraSettings(r=4), seed=0), "sdpa")
-    names = model.lora_parameters
-    assert len(names) == 2 * 7 * 2  # layers x targets x (A, B)
-    assert all("language_model.layers" in name for name in names)
-    assert {p.dtype for p in names.values()} == {torch.float32}
-    assert model.base_dtype == torch.bfloat16
-    assert not any(p.requires_grad for name, p in model.named_parameters() if "lora" not in name)
-
-
-def test_the_same_seed_makes_the_same_adapter(tiny_model: Path) -> None:
-    def weights(seed: int) -> torch.Tensor:
-        model = attach_lora(load_base(tiny_model, torch.float32, "sdpa"), LoraSettings(r=4), seed=seed)
-        return torch.cat([tensor.flatten() for tensor in adapter_state(model).values()])
-
-    assert torch.equal(weights(1), weights(1))
-    assert not torch.equal(weights(1), weights(2))
-
-
-def test_a_target_that_no_layer_has_is_refused_with_the_names_there_are(tiny_model: Path) -> None:
-    base = load_base(tiny_model, torch.float32, "sdpa")
-    with pytest.raises(UserError, match=r"'query'.*q_proj"):
-        attach_lora(base, LoraSettings(target_modules=("q_proj", "query")), seed=0)
-
-
-def test_starting_weights_must_fit_in_layers_and_in_rank(tiny_model: Path, tmp_path: Path) -> None:
-    model = packed_model(tiny_model)
-    save_adapter(model.peft_model, tmp_path / "a")
-    fresh = attach_lora(load_base(tiny_model, torch.float32, "sdpa"), LoraSettings(r=4, alpha=8), seed=9)
-    load_adapter_weights(fresh, tmp_path / "a")
-    saved = adapter_state(model.peft_model)
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter_state(fresh).items())
-    for settings, reason in [
-        (LoraSettings(r=2), r"lora\.r"),
-        (LoraSettings(r=4, target_modules=("q_proj",)), "other layers"),
-        (LoraSettings(r=4, init_from=tmp_path / "absent"), "holds no adapter"),
-    ]:
-        settings = settings if settings.init_from else LoraSettings(
-            r=settings.r, target_modules=settings.target_modules, init_from=tmp_path / "a"
-        )  # fmt: skip
-        with pytest.raises(UserError, match=reason):
-            attach_lora(load_base(tiny_model, torch.float32, "sdpa"), settings, seed=0)
-
-
-def test_renamed_keys_are_refused_and_never_the_base_in_disguise(tiny_model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    model = packed_model(tiny_model)
-    save_adapter(model.peft_model, tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    save_file({"module." + name: tensor for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(UserError, match="other layers"):
-        load_adapter_weights(model.peft_model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,3 +58,44 @@ def test_missing_processor_files_are_refused(tiny_model: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     with pytest.raises(UserError, match="processor files"):
         load_processor(tmp_path)
+
+
+def test_4_bits_are_refused_without_cuda_and_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"needs a CUDA device, but this run is on cpu\. Set model\.quantize=null"):
+        refuse_quantize(torch.device("cpu"))
+    monkeypatch.setattr("vl_dist.model.load.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        refuse_quantize(torch.device("cuda"))
+    monkeypatch.setattr("vl_dist.model.load.find_spec", lambda name: object())
+    refuse_quantize(torch.device("cuda"))
+
+
+def test_a_base_in_4_bits_is_asked_for_as_nf4_on_its_device_and_a_whole_one_is_not(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Qwen2VLForConditionalGeneration.from_pretrained
+    asked: list[dict[str, Any]] = []
+
+    def stand_in(directory: Path, **settings: Any) -> Any:
+        asked.append(settings)
+        return own(
+            directory, **{name: v for name, v in settings.items() if name not in ("quantization_config", "device_map")}
+        )
+
+    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "from_pretrained", stand_in)
+    load_base(tiny_model, torch.float32, "sdpa", four_bits_on=torch.device("cuda", 1))
+    load_base(tiny_model, torch.float32, "sdpa")
+    found, whole = asked
+    assert found["device_map"] == {"": torch.device("cuda", 1)}
+    made = found["quantization_config"]
+    assert made.quantization_method() == "nf4" and made.bnb_4bit_use_double_quant
+    assert made.bnb_4bit_compute_dtype == found["dtype"] == torch.float32
+    assert not {"quantization_config", "device_map"} & whole.keys()
+
+
+def test_in_4_bits_are_the_language_models_layers_and_no_others(tiny_model: Path) -> None:
+    utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
+    skipped = four_bits(torch.bfloat16).llm_int8_skip_modules
+    for name in (*linear_layers(read_shape(tiny_model)), "lm_head"):
+        in_4_bits = part_of(name) == "language model" and name != "lm_head"
+        assert utils.should_convert_module(name, skipped) == in_4_bits, name

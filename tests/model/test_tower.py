@@ -12,7 +12,8 @@ from vl_dist.data.collate import Collator
 from vl_dist.data.images import Grid
 from vl_dist.data.positions import patch_positions
 from vl_dist.data.records import Example
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.settings import LoraSettings
 
@@ -24,7 +25,9 @@ def own_features(directory: Path, pixels: torch.Tensor, grids: torch.Tensor) -> 
 
 
 def with_trained_tower(directory: Path) -> PackedModel:
-    settings = LoraSettings(r=2, dropout=0.0, target_modules=("q_proj", "qkv", "proj", "fc1"))
+    settings = LoraSettings(
+        r=2, dropout=0.0, target_modules=("q_proj", "qkv", "proj", "fc1", "mlp.2"), tower=True, merger=True
+    )
     model = PackedModel(attach_lora(load_base(directory, torch.float32, "sdpa"), settings, seed=0), "sdpa")
     with torch.no_grad():
         for n, parameter in enumerate(model.lora_parameters.values()):
@@ -47,7 +50,8 @@ def test_lora_on_the_tower_gets_the_gradients_of_the_models_own_tower(tiny_model
     tower = model.peft_model.get_base_model().model.visual
     weights = torch.randn(batch.num_patches // 4, 64, generator=torch.Generator().manual_seed(0))
     trained = {name: p for name, p in model.lora_parameters.items() if ".visual." in name}
-    assert any(".patch_embed." in name for name in trained) and any(".qkv." in name for name in trained)
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained} == {"qkv", "proj", "fc1", "2"}
+    assert not any(".patch_embed." in name for name in trained), "its name ends in proj, but it is no linear layer"
     found = []
     for features in (model.image_features(batch), tower(batch.pixel_values, grid_thw=batch.image_grids).pooler_output):
         gradients = torch.autograd.grad((features * weights).sum(), list(trained.values()))

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from tests.examples import SEVEN, packed_model
 from vl_dist.data.collate import Collator
 from vl_dist.errors import UserError
-from vl_dist.model.load import adapter_state, load_adapter, load_adapter_weights, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import adapter_state, load_adapter, load_adapter_weights
 from vl_dist.model.packed import PackedModel
 from vl_dist.run import checkpoint
 from vl_dist.run.checkpoint import (

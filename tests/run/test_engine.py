@@ -9,7 +9,8 @@ from torch import nn
 
 from tests.examples import SEVEN, gradients, packed_model
 from vl_dist.data.collate import Collator
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import PlainEngine, num_values, with_idle_image
@@ -60,7 +61,7 @@ def test_a_parameter_in_shares_counts_whole() -> None:
 def test_a_tower_that_trains_is_stepped_by_steps_without_images_too(tiny_model: Path, collator: Collator) -> None:
     """Else AdamW's moments of the tower would depend on which rank has the images."""
     base = load_base(tiny_model, torch.float32, "sdpa")
-    model = PackedModel(attach_lora(base, LoraSettings(r=2, target_modules=("q_proj", "qkv")), seed=0), "sdpa")
+    model = PackedModel(attach_lora(base, LoraSettings(r=2, target_modules=("q_proj", "qkv"), tower=True), seed=0), "sdpa")
     assert any(".visual." in name for name in model.lora_parameters)
     engine = PlainEngine(model, Ranks(Accelerator(cpu=True)), OptimConfig())
     for examples in ([SEVEN[0]], [SEVEN[1]], []):

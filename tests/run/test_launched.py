@@ -10,7 +10,7 @@ from tests.commands import ROOT
 from tests.processes import launcher_variables
 from vl_dist.errors import UserError
 from vl_dist.run.launched import read_launch, refuse_lost_ranks
-from vl_dist.settings import Config, ModelConfig, OptimConfig
+from vl_dist.settings import Config, LoraSettings, ModelConfig, OptimConfig
 
 ZERO = ("zero1.yaml", "zero2.yaml", "zero3.yaml", "zero3_offload.yaml")
 
@@ -135,3 +135,15 @@ def test_a_launch_of_several_that_would_train_alone_is_refused(variables: dict[s
         refuse_lost_ranks(variables, 1)
     refuse_lost_ranks(variables, 2)
     refuse_lost_ranks({"ACCELERATE_USE_CPU": "False"}, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(Config(lora=LoraSettings(dora=True)), "lora.dora"), (Config(model=ModelConfig(quantize="4bit")), "model.quantize")],
+)
+def test_what_needs_whole_frozen_weights_is_refused_under_stage_3_alone(tmp_path: Path, config: Config, name: str) -> None:
+    for stage in (1, 2):
+        read_launch(config, environment(tmp_path, {"zero_optimization": {"stage": stage}}))
+    read_launch(Config(), environment(tmp_path, {"zero_optimization": {"stage": 3}}))
+    with pytest.raises(UserError, match=rf"{name}=.*ZeRO 3.*zero2\.yaml"):
+        read_launch(config, environment(tmp_path, {"zero_optimization": {"stage": 3}}))

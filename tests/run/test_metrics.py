@@ -14,7 +14,7 @@ from vl_dist.data.images import PatchShape
 from vl_dist.data.lengths import HeaderReader, measure
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.plan import make_plan
-from vl_dist.model.flops import FlopCounter, read_shape
+from vl_dist.model.flops import FlopCounter, LoraSize, read_shape
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.metrics import JsonLines, Meter, Record, read_metrics, scores_of
 
@@ -35,7 +35,7 @@ def test_the_scores_of_a_row_are_its_columns_of_an_evaluation(tmp_path: Path) ->
 
 
 def test_a_row_is_the_mean_over_targets_since_the_row_before(collator: Collator, tiny_model: Path) -> None:
-    flops = FlopCounter(read_shape(tiny_model), rank=4, targets=("q_proj",))
+    flops = FlopCounter(read_shape(tiny_model), LoraSize(language=9))
     meter = Meter(Ranks(Accelerator(cpu=True)), flops, peak_flops=1e12)
     packs = [collator.pack(SEVEN[:2]), collator.pack(SEVEN[2:3]), collator.pack([])]
     for _ in range(2):

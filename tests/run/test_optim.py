@@ -10,7 +10,15 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from vl_dist.run.optim import clip_gradients, gradient_norm, lr_factor, make_optimizer, set_lr
+from vl_dist.run.optim import (
+    clip_gradients,
+    gradient_norm,
+    lr_factor,
+    make_optimizer,
+    parameter_groups,
+    part_rates,
+    set_lr,
+)
 from vl_dist.settings import OptimConfig
 
 UPSTREAM: dict[str, Any] = {
@@ -51,3 +59,25 @@ def test_clipping_scales_to_the_norm_and_reports_the_one_before(max_norm: float 
     clip_gradients(iter(parameters), max_norm, norm)
     after = sum(float((p.grad**2).sum()) for p in parameters if p.grad is not None) ** 0.5
     assert after == pytest.approx(0.5 if max_norm == 0.5 else 32**0.5, rel=1e-4)
+
+
+NAMES = ("a.language_model.layers.0.q_proj.x", "a.visual.blocks.0.attn.qkv.x", "a.visual.merger.mlp.0.x")
+
+
+def test_each_part_has_its_own_rate_and_the_schedule_moves_all_alike() -> None:
+    parameters = {name: torch.nn.Parameter(torch.ones(1)) for name in NAMES}
+    settings = OptimConfig(lr=0.1, lr_tower=0.05, lr_merger=0.3)
+    optimizer = make_optimizer(parameter_groups(parameters, settings), settings)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.05, 0.3])
+    set_lr(optimizer, 0.1 * 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.0125, 0.075])
+    assert part_rates(settings, 0.25) == pytest.approx({"train/lr_tower": 0.0125, "train/lr_merger": 0.075})
+
+
+def test_parts_without_a_rate_of_their_own_share_one_group_in_the_models_order_and_have_no_column() -> None:
+    parameters = {name: torch.nn.Parameter(torch.ones(1)) for name in NAMES}
+    (group,) = parameter_groups(parameters, OptimConfig(lr=0.1))
+    assert all(a is b for a, b in zip(group["params"], parameters.values(), strict=True))
+    assert part_rates(OptimConfig(lr=0.1), 0.5) == {}
+    two = parameter_groups(parameters, OptimConfig(lr=0.1, lr_tower=0.1, lr_merger=0.2))
+    assert [len(group["params"]) for group in two] == [2, 1]

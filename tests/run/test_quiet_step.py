@@ -20,7 +20,8 @@ from tests.examples import SEVEN
 from tests.model.test_shared_prefix import GROUPS
 from train import train_step
 from vl_dist.data.collate import Batch, Collator
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import PlainEngine
@@ -87,7 +88,7 @@ def reads_of(action: Callable[[], Any]) -> list[str]:
 
 @pytest.fixture
 def run(tiny_model: Path) -> Any:
-    settings = LoraSettings(r=4, dropout=0.05, target_modules=("q_proj", "down_proj", "qkv", "fc1"))
+    settings = LoraSettings(r=4, dropout=0.05, target_modules=("q_proj", "down_proj", "qkv", "fc1"), tower=True)
     model = PackedModel(attach_lora(load_base(tiny_model, torch.float32, "sdpa"), settings, seed=0), "sdpa").train()
     ranks = Ranks(Accelerator(cpu=True))
     engine = PlainEngine(model, ranks, OptimConfig(max_grad_norm=0.5))

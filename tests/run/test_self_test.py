@@ -20,6 +20,7 @@ from vl_dist.errors import UserError
 from vl_dist.model import attention
 from vl_dist.model.grouped import GroupedAttention, Segment
 from vl_dist.run.self_test import self_test, small_documents
+from vl_dist.settings import LoraSettings
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,14 @@ def test_kernels_that_keep_documents_apart_pass_and_nothing_has_changed(
     assert model.training
     assert all(parameter.grad is None for parameter in model.lora_parameters.values())
     assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_a_merger_that_trains_alone_is_tested_beside_a_text_that_does_not_reach_it(
+    tiny_model: Path, seven: LoadedData
+) -> None:
+    lora = LoraSettings(r=4, dropout=0.0, merger=True, target_modules=("mlp.0",))
+    found = self_test(packed_model(tiny_model, lora=lora), seven, CPU)
+    assert 0.0 <= found.gradient < 1e-5
 
 
 def leaks_backwards(batch: Batch) -> GroupedAttention:

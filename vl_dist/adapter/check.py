@@ -64,4 +64,4 @@ def _with_vllm(adapter: LoadedAdapter, checks: list[Check]) -> Report:
         return Report((*checks, Check("vLLM", False, fault)), None)
     found = f"rank {settings['r']} needs --max-lora-rank {vllm.max_rank(settings['r'])}; every layer can be served"
     checks.append(Check("vLLM", True, found))
-    return Report(tuple(checks), vllm.serving_command(adapter, settings, names), tuple(vllm.notes(adapter)))
+    return Report(tuple(checks), vllm.serving_command(adapter, settings, names), tuple(vllm.notes(adapter, names)))

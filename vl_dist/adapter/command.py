@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vl_dist.adapter.options import add_adapter
+from vl_dist.adapter.options import add_adapter, say_difference
 from vl_dist.errors import UserError
 
 MARKS = {True: "yes", False: "NO", None: "-"}
@@ -36,8 +36,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    from vl_dist.adapter.contract import read_contract
     from vl_dist.adapter.merge import merge  # torch is slow to import; other commands do without
 
+    say_difference(read_contract(arguments.adapter))
     found = merge(arguments.adapter, arguments.out, base_dir=arguments.base, shard_size=arguments.shard_size)
     sys.stdout.write(f"{arguments.out}: the merged model, {found}\n")
 

@@ -37,6 +37,13 @@ class AdapterContract:
     files: dict[str, str]  # sha256 of each file, but of those in MAY_CHANGE
     probe: Probe
 
+    @property
+    def difference(self) -> str | None:
+        """What inference has otherwise than training had, for whoever uses the adapter; None: nothing."""
+        if self.base_model.quantize is None:
+            return None
+        return "training had the base in 4 bits, here it is whole: logits and captions differ a little from training's"
+
     def to_json(self) -> dict[str, Any]:
         """The object that `read_contract` reads; more may stand beside it."""
         base = self.base_model
@@ -45,6 +52,7 @@ class AdapterContract:
             "base_model": {"path": base.path, "hub": base.hub, "revision": base.revision},
             "base_fingerprint": self.base_fingerprint,
             "dtype": base.dtype,
+            "quantize": base.quantize,
             "prompt": messages_to_json(self.prompt),
             "prompt_share": self.prompt_share,
             "pixels": asdict(self.budget),
@@ -75,7 +83,8 @@ def read_contract(adapter: Path) -> AdapterContract:
                 "the finished run again: it makes the adapter anew without training."
             )
         return AdapterContract(
-            base_model=ModelConfig(**found["base_model"], dtype=found["dtype"]),
+            # Adapters of before there was a choice had none.
+            base_model=ModelConfig(**found["base_model"], dtype=found["dtype"], quantize=found.get("quantize")),
             base_fingerprint=found["base_fingerprint"],
             prompt=parse_messages(found["prompt"]),
             prompt_share=float(found["prompt_share"]),

@@ -22,7 +22,8 @@ from vl_dist.data.images import PatchShape, PixelBudget
 from vl_dist.data.records import ImagePart, Message, TextPart, without_images
 from vl_dist.errors import UserError
 from vl_dist.model.hub import find_model
-from vl_dist.model.load import load_adapter, load_base, load_processor, patch_shape, resolve_dtype
+from vl_dist.model.load import load_base, load_processor, patch_shape, resolve_dtype
+from vl_dist.model.lora import load_adapter
 
 STEPS = ("contract", "files", "base model", "chat template", "weights", "probe")  # in this order
 
@@ -92,7 +93,7 @@ def load(
     refuse_changed_files(directory, contract)
     on_step("files", f"{len(contract.files)} as they were exported")
     found_base = find_base(contract, base_dir)
-    on_step("base model", str(found_base))
+    on_step("base model", "; ".join(filter(None, (str(found_base), contract.difference))))
     processor = load_processor(directory)
     if template_hash(processor) != contract.template:
         raise UserError(f"The chat template in {directory} is not the one of training; restore the adapter's own files.")

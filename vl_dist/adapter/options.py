@@ -1,10 +1,15 @@
 """Options that the commands on adapters share. No torch here: a command's help must not wait for it."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vl_dist.data.images import PixelBudget
 from vl_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from vl_dist.adapter.contract import AdapterContract
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -37,3 +42,9 @@ def refuse_bad_batch_size(arguments: argparse.Namespace) -> None:
     """Raises `UserError` where no prompt would be answered."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be 1 or more.")
+
+
+def say_difference(contract: "AdapterContract") -> None:
+    """Says on standard error what inference has otherwise than training had, if anything."""
+    if contract.difference is not None:
+        sys.stderr.write(f"Note: {contract.difference}.\n")

@@ -21,18 +21,21 @@ from vl_dist.evaluate.decode import left_padded
 from vl_dist.run.distributed import evaluating
 
 HEIGHT, WIDTH = 112, 168  # pixels of the drawing
+FOUR_BITS = "4bit"
 NUM_LIKELIEST, NUM_SPACED = 16, 32  # tokens kept: the likeliest of base and of adapter, and evenly spaced ones
 
 # Largest difference of two logits, in the largest logit. float32 leaves room for the TF32 of a GPU's convolutions, bfloat16
-# for its 8 bits, which add up over some dozen layers in another order on every device.
-TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
+# for its 8 bits, which add up over some dozen layers in another order on every device. A base that training had in 4 bits
+# is whole in inference. How far off that is depends on the model: hashes show that it is the same one, and the probe that
+# it computes no nonsense.
+TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2, FOUR_BITS: 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """Logits of some tokens, from one forward pass with and one without the adapter."""
 
-    dtype: str  # of the base's weights at that time: float32 or bfloat16
+    dtype: str  # of the base's weights at that time: float32, bfloat16, or 4bit
     token_ids: tuple[int, ...]
     adapter: tuple[float, ...]
     base: tuple[float, ...]
@@ -90,13 +93,18 @@ def take_probe(model: PeftModel, inputs: dict[str, torch.Tensor], token_ids: Seq
             base = next_logits(model.get_base_model(), inputs)
     chosen = list(token_ids) if token_ids is not None else _interesting(adapter, base)
     probe = Probe(
-        dtype=str(model.get_base_model().lm_head.weight.dtype).removeprefix("torch."),
+        dtype=_precision(model.get_base_model()),
         token_ids=tuple(chosen),
         adapter=tuple(adapter[chosen].tolist()),
         base=tuple(base[chosen].tolist()),
     )
     # The same operations on the same device: an adapter that adds nothing changes not one bit.
     return Taken(probe, not torch.equal(adapter, base))
+
+
+def _precision(base: Any) -> str:
+    """Of the weights that decide how far off logits may be. transformers marks a base that it made 4 bits wide."""
+    return FOUR_BITS if getattr(base, "is_loaded_in_4bit", False) else str(base.lm_head.weight.dtype).removeprefix("torch.")
 
 
 def next_logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -149,7 +157,8 @@ def compare(taken: Taken, expected: Probe) -> str:
             f"The adapter does not compute what it did when it was made: its probe logits are off by {of_adapter:.2g} of "
             f"the largest, {allowed:g} is allowed in {taken.probe.dtype}. Restore its files, or export it again."
         )
-    return f"off by {of_adapter:.1g}, {allowed:g} allowed in {taken.probe.dtype}; differs from the base"
+    against = f" against {expected.dtype}" if expected.dtype != taken.probe.dtype else ""
+    return f"off by {of_adapter:.1g}, {allowed:g} allowed in {taken.probe.dtype}{against}; differs from the base"
 
 
 def _interesting(adapter: torch.Tensor, base: torch.Tensor) -> list[int]:

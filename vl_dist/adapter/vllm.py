@@ -22,6 +22,7 @@ MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 LANGUAGE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWER_LAYERS = ("qkv", "proj", "fc1", "fc2", "0", "2")  # 0 and 2 are the merger's
 KEY_PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
 LANGUAGE, TOWER = "model.language_model.layers.", "model.visual."  # what vLLM's mapper of Qwen2-VL renames
 
 
@@ -43,7 +44,8 @@ def obstacles(settings: dict[str, Any], names: Iterable[str]) -> list[str]:
         found.append("it trains biases, which vLLM does not load")
     if settings.get("rank_pattern") or settings.get("alpha_pattern"):
         found.append("its layers differ in rank or alpha, vLLM scales all of them alike")
-    strange = sorted(name for name in names if not _loads(name))
+    # DoRA's magnitudes are named above.
+    strange = sorted(name for name in names if not _loads(name) and not (settings.get("use_dora") and _MAGNITUDE in name))
     if strange:
         found.append(f"vLLM has no LoRA for {len(strange)} of its tensors, first {strange[0]}")
     return found
@@ -69,7 +71,7 @@ def serving_command(adapter: LoadedAdapter, settings: dict[str, Any], names: Ite
         words += ["--revision", base.revision]
     words += ["--enable-lora", "--max-lora-rank", str(max_rank(settings["r"]))]
     words += ["--lora-modules", f"adapter={adapter.directory.resolve()}"]
-    if any(name.removeprefix(KEY_PREFIX).startswith(TOWER) for name in names):
+    if _is_in_tower(names):
         words.append("--enable-tower-connector-lora")
     words += ["--chat-template", str((adapter.directory / "chat_template.jinja").resolve())]
     words += ["--limit-mm-per-prompt", json.dumps({"image": max(1, num_images)})]
@@ -79,8 +81,12 @@ def serving_command(adapter: LoadedAdapter, settings: dict[str, Any], names: Ite
     return f"VLLM_USE_MODELSCOPE=True {command}" if base.hub == "modelscope" else command
 
 
-def notes(adapter: LoadedAdapter) -> list[str]:
-    """What whoever sends requests must do that the command cannot."""
+def notes(adapter: LoadedAdapter, names: Iterable[str]) -> list[str]:
+    """What whoever sends requests must do that the command cannot, and what to expect.
+
+    Args:
+        names: as for `obstacles`.
+    """
     contract, found = adapter.contract, []
     prompt = " / ".join(message.text for message in contract.prompt)
     found.append(f"ask model 'adapter', temperature 0, the image before the text {prompt!r}")
@@ -88,7 +94,13 @@ def notes(adapter: LoadedAdapter) -> list[str]:
         size = f"{contract.budget.resized_width}x{contract.budget.resized_height}"
         found.append(f"resize every image to {size} pixels (width x height) before sending it: vLLM has no option for that")
     found.append(f"stop_token_ids {list(adapter.encoder.stop_ids)}, max_tokens {contract.max_new_tokens} (of {METADATA})")
+    if _is_in_tower(names):
+        found.append("LoRA on the tower and the merger is experimental in vLLM: compare its captions with those of predict")
     return found
+
+
+def _is_in_tower(names: Iterable[str]) -> bool:
+    return any(name.removeprefix(KEY_PREFIX).startswith(TOWER) for name in names)
 
 
 def _loads(name: str) -> bool:

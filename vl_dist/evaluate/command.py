@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vl_dist.adapter.options import add_adapter, add_inference, asked_budget, refuse_bad_batch_size
+from vl_dist.adapter.options import add_adapter, add_inference, asked_budget, refuse_bad_batch_size, say_difference
 from vl_dist.errors import SharedError, UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     total = len(questions.asked)
     failed: list[Answered] = []
     if any(one.example is not None for one in questions.asked):
+        say_difference(contract)
         adapter = load(arguments.adapter, base_dir=arguments.base)
         batches = predict(adapter, questions, budget=budget, batch_size=arguments.batch_size)
     else:
@@ -116,6 +117,7 @@ def _evaluate_on(ranks: "Ranks", arguments: argparse.Namespace) -> None:
     if arguments.samples is not None:
         ranks.on_main(lambda: write_samples(arguments.samples, found.samples))
     if ranks.is_main:
+        say_difference(asked.contract)
         _write_scores(found, as_json=arguments.json)
 
 

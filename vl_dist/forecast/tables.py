@@ -29,7 +29,7 @@ def tables(found: Forecast) -> Iterator[Table | Text]:
         "context, the allocator's waste and communication buffers come on top.\n"
     )
     yield _disk(found)
-    yield from (Text(f"Note: {note}.") for note in found.data.notes)
+    yield from (Text(f"Note: {note}.") for note in (*found.data.notes, *found.notes))
 
 
 def _steps(found: Forecast) -> Table:

@@ -1,8 +1,9 @@
 """Useful floating-point operations of a training step, counted from the model's shape alone.
 
 Counted is what the gradient of the adapter needs: for each language-model token 4 operations a frozen weight (forward, and
-the gradient of its input) and 6 a LoRA weight, attention's two products where the causal mask lets them be, the frozen
-tower's forward once an image, and the head on target rows. Padding and recomputation never count.
+the gradient of its input; 2 in layers below the lowest one that trains) and 6 a LoRA weight, attention's two products where
+the causal mask lets them be, the tower's forward once an image (and its backward down to the lowest block that trains), and
+the head on target rows. Padding and recomputation never count, nor does the norm that DoRA takes of whole weights.
 """
 
 import json
@@ -73,21 +74,34 @@ def read_shape(directory: Path) -> ModelShape:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSize:
+    """What operations depend on in the adapter; `targets.lora_size` makes it."""
+
+    language: int  # trainable values in the language model's layers
+    tower: int = 0
+    merger: int = 0
+    layers_without_gradient: int = 0  # decoder layers below everything that trains
+    blocks_without_gradient: int = 0  # of the tower, below everything in it that trains
+
+    @property
+    def total(self) -> int:
+        """All trainable values."""
+        return self.language + self.tower + self.merger
+
+
 @dataclass(frozen=True, slots=True)
 class FlopCounter:
-    """Counts operations for one model with LoRA of rank `rank` on `targets` of every decoder layer."""
+    """Counts operations for one model and one adapter."""
 
     shape: ModelShape
-    rank: int
-    targets: tuple[str, ...]
+    lora: LoraSize
 
     @property
     def per_token(self) -> float:
         """Operations of one language-model token outside attention's products."""
-        sizes = self.shape.linear_sizes
-        frozen = sum(inputs * outputs for inputs, outputs in sizes.values())
-        lora = sum(self.rank * sum(sizes[name]) for name in self.targets if name in sizes)
-        return float(self.shape.layers * (4 * frozen + 6 * lora))
+        frozen = sum(inputs * outputs for inputs, outputs in self.shape.linear_sizes.values())
+        return float((4 * self.shape.layers - 2 * self.lora.layers_without_gradient) * frozen + 6 * self.lora.language)
 
     def document(self, trunk: int, branches: Sequence[int]) -> float:
         """Operations of one document: its tokens, and attention among them (2 forward and 4 backward a causal pair).
@@ -99,7 +113,8 @@ class FlopCounter:
         squares = trunk**2 + sum(
             branch**2 + 2 * branch * trunk for branch in branches
         )  # twice the pairs that see each other
-        attention = 6 * squares * self.shape.heads * self.shape.head_dim * self.shape.layers
+        passes = 6 * self.shape.layers - 4 * self.lora.layers_without_gradient
+        attention = passes * squares * self.shape.heads * self.shape.head_dim
         return (trunk + sum(branches)) * self.per_token + attention
 
     def targets_head(self, num_targets: int) -> float:
@@ -107,14 +122,17 @@ class FlopCounter:
         return 4.0 * num_targets * self.shape.hidden * self.shape.vocabulary
 
     def image(self, num_patches: int) -> float:
-        """The tower's forward of one image: patch embedding, blocks with attention among all patches, merger."""
-        s = self.shape
+        """One image: patch embedding, blocks with attention among all patches, merger; and the backward of what trains."""
+        s, lora = self.shape, self.lora
+        trained = s.tower_depth - lora.blocks_without_gradient  # blocks
         block = 4 * s.tower_width**2 + 2 * s.tower_width * s.tower_mlp
         wide = s.tower_width * s.merged_patches
         merger = (wide * wide + wide * s.hidden) / s.merged_patches
-        per_patch = s.patch_values * s.tower_width + s.tower_depth * block + merger
-        attention = 4 * num_patches**2 * s.tower_width * s.tower_depth
-        return 2.0 * num_patches * per_patch + attention
+        per_patch = 2.0 * (s.patch_values * s.tower_width + (s.tower_depth + trained) * block)
+        per_patch += (4 if lora.tower or lora.merger else 2) * merger
+        per_patch += 6 * lora.tower + 6 * lora.merger / s.merged_patches
+        attention = 4 * num_patches**2 * s.tower_width * (s.tower_depth + 2 * trained)
+        return num_patches * per_patch + attention
 
 
 def known_peak_flops(device_name: str) -> float | None:

@@ -1,21 +1,20 @@
-"""The base model from its files, and LoRA on top of it."""
+"""The base model from its files; `model.lora` puts the adapter on it."""
 
 import json
-import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoProcessor, BitsAndBytesConfig, GenerationConfig, Qwen2VLForConditionalGeneration
 
 from vl_dist.data.images import PatchShape
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend, register
 from vl_dist.model.tower import PatchProjection
-from vl_dist.settings import LoraSettings
+
+NOT_IN_4_BITS = ["model.visual", "lm_head"]  # a tower in 4 bits sees worse, and the head is the embedding
 
 
 def resolve_dtype(
@@ -75,18 +74,56 @@ def patch_shape(directory: Path, processor: Any) -> PatchShape:
     return PatchShape(patch_size=images.patch_size, merge_size=images.merge_size)
 
 
-def load_base(directory: Path, dtype: torch.dtype, backend: Backend) -> Qwen2VLForConditionalGeneration:
+def refuse_quantize(device: torch.device) -> None:
+    """Makes sure that a base in 4 bits can be had.
+
+    Raises:
+        UserError: not on this device, or bitsandbytes is not installed.
+    """
+    if device.type != "cuda":
+        raise UserError(
+            f"model.quantize is 4bit, which needs a CUDA device, but this run is on {device.type}. Set model.quantize=null."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.quantize is 4bit, which needs bitsandbytes, but it is not installed: pip install bitsandbytes, or set "
+            "model.quantize=null."
+        )
+
+
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with its scales quantised too (Dettmers et al., 2023), computing in the precision of all other weights."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=NOT_IN_4_BITS,
+    )
+
+
+def load_base(
+    directory: Path, dtype: torch.dtype, backend: Backend, *, four_bits_on: torch.device | None = None
+) -> Qwen2VLForConditionalGeneration:
     """The frozen base model on the CPU.
+
+    Args:
+        four_bits_on: a device on which the language model's linear layers are made 4 bits wide as they are read; None: none
+            are, as inference and everything on a CPU have it.
 
     Raises:
         UserError: the weights are missing or of another model.
     """
+    quantized: dict[str, Any] = {}
+    if four_bits_on is not None:
+        quantized = {"quantization_config": four_bits(dtype), "device_map": {"": four_bits_on}}
     try:
         base, found = Qwen2VLForConditionalGeneration.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation={"text_config": "eager" if backend == "eager" else register(), "vision_config": "sdpa"},
             output_loading_info=True,
+            **quantized,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The model in {directory} cannot be loaded: {error}") from None
@@ -99,103 +136,3 @@ def load_base(directory: Path, dtype: torch.dtype, backend: Backend) -> Qwen2VLF
     embedding.proj = PatchProjection.of(embedding.proj)
     base.requires_grad_(False)
     return base
-
-
-def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, seed: int) -> PeftModel:
-    """The base with trainable LoRA layers, in float32 whatever the base has.
-
-    Raises:
-        UserError: a target matches no layer, or `lora.init_from` does not fit.
-    """
-    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
-    settings = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        target_modules=list(lora.target_modules),
-        r=lora.r,
-        lora_alpha=alpha,
-        lora_dropout=lora.dropout,
-        bias="none",
-    )
-    linears = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
-            names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
-            raise UserError(
-                f"lora.target_modules names {target!r}, which no linear layer of this model is called. There are: {names}."
-            )
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property by its old name
-        warnings.simplefilter("ignore", FutureWarning)
-        model = get_peft_model(base, settings)
-    assert isinstance(model, PeftModel)
-    if lora.init_from is not None:
-        load_adapter_weights(model, lora.init_from)
-        _check_scale(lora)
-    return model
-
-
-def _check_scale(lora: LoraSettings) -> None:
-    assert lora.init_from is not None
-    path = lora.init_from / "adapter_config.json"
-    try:
-        alpha = float(json.loads(path.read_text())["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
-    if alpha != lora.alpha:
-        raise UserError(
-            f"The adapter in {lora.init_from} was trained with lora.alpha {alpha:g}, here it is {lora.alpha:g}: "
-            f"the same weights would be another function. Set lora.alpha={alpha:g}."
-        )
-
-
-def load_adapter_weights(model: PeftModel, directory: Path) -> None:
-    """Overwrites the adapter's weights with those of a PEFT directory; every key must be there and no other.
-
-    Raises:
-        UserError: no adapter there, or its keys or shapes are not this adapter's.
-    """
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} holds no {name}. Give a directory that PEFT saved.")
-    try:
-        weights = load_peft_weights(str(directory), device="cpu")
-    except SafetensorError as error:
-        raise UserError(f"The adapter in {directory} is damaged: {error}.") from None
-    expected = adapter_state(model)
-    strange = sorted(weights.keys() - expected.keys()) or sorted(expected.keys() - weights.keys())
-    if strange:
-        raise UserError(
-            f"The adapter in {directory} has other layers than lora.target_modules asks for, first {strange[0]!r}."
-        )
-    for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            raise UserError(
-                f"The adapter in {directory} has {name} of shape {tuple(weights[name].shape)}, here it is "
-                f"{tuple(tensor.shape)}. Set lora.r to the adapter's rank."
-            )
-    set_peft_model_state_dict(model, weights)
-
-
-def load_adapter(base: Qwen2VLForConditionalGeneration, directory: Path) -> PeftModel:
-    """The base with a saved adapter on it, as inference uses it.
-
-    Raises:
-        UserError: a weight of the adapter has no place, or a place has no weight: PEFT would answer with the base alone.
-    """
-    with warnings.catch_warnings():  # of what is checked below
-        warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(base, str(directory))
-    expected = adapter_state(model).keys()
-    strange = sorted(load_peft_weights(str(directory), device="cpu").keys() ^ expected)
-    if strange:
-        raise UserError(
-            f"The adapter in {directory} is not for this model: {len(strange)} of its weights and of the model's layers do "
-            f"not meet, first {strange[0]!r}. Give the base model that it was trained on, or restore its files."
-        )
-    return model
-
-
-def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's weights under the names PEFT gives them in its files."""
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state

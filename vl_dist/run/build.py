@@ -14,7 +14,8 @@ from vl_dist.errors import SharedError
 from vl_dist.evaluate.held_out import read_frequency
 from vl_dist.evaluate.scores import DocumentFrequency
 from vl_dist.model.attention import resolve_backend
-from vl_dist.model.load import attach_lora, load_base, resolve_dtype
+from vl_dist.model.load import load_base, refuse_quantize, resolve_dtype
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.settings import Config, EvalConfig
@@ -69,7 +70,9 @@ def load_model(config: Config, directory: Path, device: torch.device) -> PackedM
         UserError: weights, targets, precision or attention that cannot be used.
     """
     bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.model.quantize is not None:
+        refuse_quantize(device)
     dtype = resolve_dtype(config.model.dtype, device.type, bf16_supported=bf16)
     backend = resolve_backend(config.model.attention, device.type, dtype, branches=config.data.share_prefix)
-    base = load_base(directory, dtype, backend)
+    base = load_base(directory, dtype, backend, four_bits_on=None if config.model.quantize is None else device)
     return PackedModel(attach_lora(base, config.lora, seed=config.run.seed), backend).to(device)

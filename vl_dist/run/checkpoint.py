@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from vl_dist.errors import UserError
 from vl_dist.file_modes import give_usual_mode
-from vl_dist.model.load import load_adapter_weights
+from vl_dist.model.lora import load_adapter_weights
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import MOMENTS, Trained

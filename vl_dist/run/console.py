@@ -15,6 +15,7 @@ from vl_dist.data.assemble import RunData
 from vl_dist.data.validate import BAD_ROWS
 from vl_dist.evaluate.held_out import Evaluation, group_questions
 from vl_dist.model.packed import PackedModel
+from vl_dist.model.targets import PARTS, Targets, describe_lora, describe_targets, part_of
 from vl_dist.run.directory import Start, describe_changes
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import num_values
@@ -100,6 +101,7 @@ class RunConsole:
         config: Config,
         data: RunData,
         model: PackedModel,
+        targets: Targets,
         launch: Launch,
         *,
         num_steps: int,
@@ -107,12 +109,16 @@ class RunConsole:
         ranks: Ranks,
     ) -> None:
         """What is about to be trained."""
-        lora = sum(num_values(p) for p in model.lora_parameters.values())
+        by_part = dict.fromkeys(PARTS, 0)
+        for name, parameter in model.lora_parameters.items():
+            by_part[part_of(name)] += num_values(parameter)
+        lora = sum(by_part.values())
         total = sum(num_values(p) for p in model.parameters())
         held_out = len(group_questions(data.held_out.examples)) if data.held_out is not None else 0
         rows = [
-            ("model", f"{config.model.path}, {total - lora:,} frozen parameters in {model.base_dtype}"),
-            ("adapter", f"{lora:,} parameters: rank {config.lora.r} on {', '.join(config.lora.target_modules)}"),
+            ("model", _describe_base(config, model, total - lora)),
+            ("adapter", f"{lora:,} parameters: {describe_lora(config.lora)}"),
+            ("LoRA", describe_targets(targets, by_part)),
             ("data", f"{len(data.train.examples):,} examples to train on, {held_out:,} prompts held out"),
             ("plan", f"{num_steps:,} steps of {config.batch.examples_per_step} examples, from step {first_step}"),
             ("devices", f"{ranks.world_size} x {ranks.device.type}"),
@@ -124,7 +130,7 @@ class RunConsole:
         if data.bad:
             unusable = len(data.bad) - len(data.dropped)
             rows.insert(
-                3, ("left out", f"{unusable:,} rows, {len(data.dropped):,} examples longer than a pack: {BAD_ROWS}")
+                4, ("left out", f"{unusable:,} rows, {len(data.dropped):,} examples longer than a pack: {BAD_ROWS}")
             )
         self.panel("vl_dist", rows)
 
@@ -186,6 +192,12 @@ class RunConsole:
         self.say(f"{title}: {scores}")
         for sample in evaluation.samples[: self._num_shown]:
             self.say(f"  {'=' if sample.exact else 'x'} {sample.prediction!r}\n    of {sample.references[0]!r}")
+
+
+def _describe_base(config: Config, model: PackedModel, num_frozen: int) -> str:
+    if config.model.quantize is None:
+        return f"{config.model.path}, {num_frozen:,} frozen parameters in {model.base_dtype}"
+    return f"{config.model.path}, frozen, the language model in 4 bits, the rest in {model.base_dtype}"
 
 
 def _in_a_line(scores: dict[str, float]) -> str:

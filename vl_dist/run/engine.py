@@ -18,7 +18,7 @@ from vl_dist.data.collate import Batch
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.launched import Launch
-from vl_dist.run.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
+from vl_dist.run.optim import clip_gradients, gradient_norm, make_optimizer, parameter_groups, set_lr
 from vl_dist.settings import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,7 +58,7 @@ class Engine(Protocol):
         """The gradients are gone without a step, and the optimizer is as it was."""
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the next step."""
+        """The learning rate of the next step: the language model's, to which those of other parts have a fixed ratio."""
 
     def trained(self) -> Trained | None:
         """Weights and moments, gathered if need be; None on ranks other than 0, which only take part."""
@@ -86,7 +86,7 @@ class PlainEngine:
         self._pack = Packs(model)
         self._max_grad_norm = settings.max_grad_norm
         self._norm: torch.Tensor | None = None  # of the gradient that is there, once asked for
-        self._optimizer = make_optimizer(self._parameters.values(), settings)
+        self._optimizer = make_optimizer(parameter_groups(self._parameters, settings), settings)
         self._wrapped: nn.Module = ranks.accelerator.prepare_model(model)
 
     def begin_step(self, packs: Sequence[Batch]) -> None:
@@ -163,7 +163,7 @@ class ZeroEngine:
         self._parameters = model.lora_parameters
         self._stage = launch.zero_stage
         self._pack = Packs(model)
-        optimizer = make_optimizer(self._parameters.values(), settings)
+        optimizer = make_optimizer(parameter_groups(self._parameters, settings), settings)
         self._engine, _ = ranks.accelerator.prepare(model, optimizer)
         self._stepped = False  # the optimizer has moments to give
 
@@ -211,6 +211,8 @@ class ZeroEngine:
     def clip_and_step(self) -> torch.Tensor:
         """One optimizer step, clipped by DeepSpeed to its `gradient_clipping`; the gradient's norm before."""
         self._engine.step()
+        if not self._stepped and self._stage != 3:
+            self._link_moments()  # DeepSpeed has, after its first group of parameters, when the others had none yet
         self._stepped = True
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._ranks.device)
 
@@ -247,7 +249,7 @@ class ZeroEngine:
             }
         self._stepped = True
         if self._stage != 3:
-            zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed calls after the first step
+            self._link_moments()
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
                 value = moments[f"{name}.{moment}"]
@@ -255,6 +257,12 @@ class ZeroEngine:
                     self._set_share(parameter, value, moment)
                 else:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+
+    def _link_moments(self) -> None:
+        """Tells each parameter of stage 1 or 2 where its moments are, as DeepSpeed does once a step was taken."""
+        zero = self._engine.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _set_share(self, parameter: nn.Parameter, value: torch.Tensor, moment: str) -> None:
         """This rank's part of a moment. The last rank's may be padded, which DeepSpeed's own setter does not foresee."""

@@ -16,13 +16,15 @@ from safetensors import SafetensorError
 from vl_dist.adapter.base_files import fingerprint
 from vl_dist.adapter.contract import AdapterContract, hash_files
 from vl_dist.adapter.probe import Probe, probe_inputs, take_probe
+from vl_dist.config import plain
 from vl_dist.data.collate import Collator
 from vl_dist.data.encode import template_hash
 from vl_dist.data.images import PatchShape, PixelBudget, area_bounds, target_size
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.records import Message, prompt_share, usual_prompt
 from vl_dist.errors import UserError
-from vl_dist.model.load import adapter_state, load_adapter_weights
+from vl_dist.model.lora import adapter_state, load_adapter_weights
+from vl_dist.model.targets import describe_lora
 from vl_dist.run.best import Final
 from vl_dist.run.checkpoint import ADAPTER_FILES, save_adapter
 from vl_dist.run.files import METADATA
@@ -67,7 +69,7 @@ def export_adapter(
                 shutil.copy(final.checkpoint / name, temporary / name)
         with_budget(processor, data.collator.budget, data.collator.shape).save_pretrained(temporary)
         contract = _contract(model, temporary, processor, config, data)
-        metadata = contract.to_json() | {"step": final.step, "scores": final.scores}
+        metadata = contract.to_json() | {"lora": _lora_choices(config), "step": final.step, "scores": final.scores}
         (temporary / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
         card = model_card(config, step=final.step, num_examples=len(data.examples), scores=final.scores)
         (temporary / "README.md").write_text(card)
@@ -120,7 +122,7 @@ def _base_model(model: ModelConfig, directory: Path) -> ModelConfig:
 
 def key_style(names: dict[str, torch.Tensor]) -> str:
     """What the names of the adapter's weights begin with, up to the layers: PEFT's prefix and the base's module names."""
-    return ", ".join(sorted({name.split(".layers.")[0].split(".blocks.")[0] for name in names}))
+    return ", ".join(sorted({re.split(r"\.(?:layers|blocks|merger)\.", name)[0] for name in names}))
 
 
 def _probe_of_files(model: PeftModel, adapter: Path, processor: Any, prompt: tuple[Message, ...], made: Collator) -> Probe:
@@ -139,6 +141,23 @@ def exported_scores(output_dir: Path) -> dict[str, float]:
     return scores
 
 
+def _lora_choices(config: Config) -> dict[str, Any]:
+    """The settings of LoRA, for people and programs that look into the metadata."""
+    chosen: dict[str, Any] = plain(replace(config.lora, init_from=None))
+    del chosen["init_from"]
+    return chosen | {"lr": config.optim.lr, "lr_tower": config.optim.lr_tower, "lr_merger": config.optim.lr_merger}
+
+
+def _describe_rates(config: Config) -> str:
+    optim = config.optim
+    own = [f", {rate:g} in the {part}" for part, rate in (("tower", optim.lr_tower), ("merger", optim.lr_merger)) if rate]
+    return f"learning rate {optim.lr:g}{''.join(own)} ({optim.schedule})"
+
+
+def _describe_base(config: Config) -> str:
+    return " The base was in 4 bits (NF4) in training." if config.model.quantize is not None else ""
+
+
 def model_card(config: Config, *, step: int, num_examples: int, scores: dict[str, float]) -> str:
     """What the adapter is, how it was made, and how to load it."""
     rows = "\n".join(f"| {name.removeprefix('eval/')} | {value:.4f} |" for name, value in scores.items())
@@ -154,7 +173,7 @@ tags: [lora, qwen2_vl]
 # LoRA adapter for {config.model.path}
 
 Trained for {step} steps of {config.batch.examples_per_step} examples, out of {num_examples} in {files}:
-rank {config.lora.r}, alpha {config.lora.alpha:g}, learning rate {config.optim.lr:g} ({config.optim.schedule}).
+{describe_lora(config.lora)}; {_describe_rates(config)}.{_describe_base(config)}
 {table}
 ## Use
 `python -m vl_dist predict DIRECTORY IMAGE` captions with the prompt and pixel size of training, which

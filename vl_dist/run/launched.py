@@ -86,6 +86,7 @@ def read_launch(config: Config, env: Mapping[str, str]) -> Launch:
     given = _read_json(Path(path)) if path is not None else _from_environment(env)
     clashes += _clashes_in_json(given, source, shared, config, env, world_size)
     _refuse_clashes(clashes)
+    _refuse_with_stage_3(config, given["zero_optimization"]["stage"])
     filled = _filled(given, shared, world_size)
     autos = [key for key, value in _leaves(filled) if value == "auto"]
     if autos:
@@ -182,6 +183,18 @@ def _clashes_in_json(
     stage = given["zero_optimization"]["stage"]
     if ZERO_STAGE in env and int(env[ZERO_STAGE]) != stage:
         yield Clash("ZeRO stage", f"{stage} ({source})", f"{env[ZERO_STAGE]} (accelerate's configuration)")
+
+
+def _refuse_with_stage_3(config: Config, stage: int) -> None:
+    """What reads or packs whole frozen weights where this stage leaves each rank a share of them."""
+    if stage != 3:
+        return
+    for name, is_set in (("lora.dora=true", config.lora.dora), ("model.quantize=4bit", config.model.quantize is not None)):
+        if is_set:
+            raise UserError(
+                f"{name} does not work under ZeRO 3, which takes frozen weights apart. Use ddp.yaml, zero1.yaml or "
+                "zero2.yaml, or leave it out."
+            )
 
 
 def _refuse_clashes(clashes: list[Clash]) -> None:

@@ -16,6 +16,7 @@ from vl_dist.model.flops import FlopCounter, read_shape
 from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel
+from vl_dist.model.targets import Targets, choose_targets, linear_layers, lora_size
 from vl_dist.run import directory
 from vl_dist.run.alive import Watch
 from vl_dist.run.best import BestCheckpoint
@@ -62,6 +63,7 @@ class Run:
     late: LateFaults
     nonfinite: NonFiniteSteps
     frequency: DocumentFrequency | None  # for CIDEr-D, if not that of the held-out answers
+    targets: Targets  # the layers that get LoRA
     model: PackedModel  # the module itself, for evaluation and checkpoints
     engine: Engine  # what steps it, on one rank or over many
     record: Record
@@ -86,6 +88,7 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
     processor = load_processor(model_dir)
     with console.measuring() as on_progress:
         data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
+    targets, flops = _what_trains(config, model_dir)
     frequency = load_frequency(config.eval, ranks)
     model, restored = _model(config, session, model_dir, data, start)
     features: AbstractContextManager[Any] = contextlib.nullcontext()
@@ -117,15 +120,22 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         late=late,
         nonfinite=NonFiniteSteps(config.optim.nonfinite, ranks, num_skipped=restored.state.skipped if restored else 0),
         frequency=frequency,
+        targets=targets,
         model=model,
         engine=engine,
         record=record,
         tracking=tracking,
         best=BestCheckpoint(config.run.output_dir, config.eval.best_metric, is_main=ranks.is_main),
-        flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
+        flops=flops,
         features=features,
         first_step=first_step,
     )
+
+
+def _what_trains(config: Config, model_dir: Path) -> tuple[Targets, FlopCounter]:
+    """The layers that get LoRA, and what a step costs with them; before weights are paid for."""
+    shape = read_shape(model_dir)
+    return choose_targets(config.lora, linear_layers(shape)), FlopCounter(shape, lora_size(shape, config.lora))
 
 
 def _model(

@@ -123,9 +123,10 @@ def _loss_and_gradient(model: PackedModel, packs: Sequence[Batch]) -> tuple[floa
     total, vector = 0.0, torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for pack in packs:
         loss = model(pack)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        vector += torch.cat([gradient.flatten().float() for gradient in gradients])
         total += float(loss.detach())
+        if loss.requires_grad:  # a text alone does not, where only the tower or the merger trains
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            vector += torch.cat([gradient.flatten().float() for gradient in gradients])
     return total, vector
 
 
