@@ -38,11 +38,15 @@ def packed_model(
     dropout: float = 0.0,
     seed: int = 3,
     dtype: torch.dtype = torch.float32,
+    recompute: str = "none",
+    compiled: bool = False,
+    num_lengths: int | None = None,
 ) -> PackedModel:
     """A tiny model whose adapter is random on both sides, so that every gradient is other than zero."""
     base = load_base(directory, dtype, backend)
     settings = LoraSettings(r=r, alpha=8, dropout=dropout)
-    model = PackedModel(attach_lora(base, settings, seed=seed), backend)
+    adapted = attach_lora(base, settings, seed=seed)
+    model = PackedModel(adapted, backend, recompute=recompute, compiled=compiled, num_lengths=num_lengths)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.lora_parameters.values():

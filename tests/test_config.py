@@ -42,6 +42,7 @@ def test_a_dumped_configuration_is_a_recipe_that_reads_back_equal(recipe: Path, 
         ("lora.target_modules=[q_proj,v_proj]", ("q_proj", "v_proj")),
         ("optim.lr=1e-4", 1e-4),
         ("data.shuffle=false", False),
+        ("model.recompute=none", "none"),
     ],
 )
 def test_a_word_means_what_it_says(word: str, expected: object) -> None:
@@ -59,6 +60,9 @@ def test_a_word_means_what_it_says(word: str, expected: object) -> None:
         ("optim.num_epochs=1.5", ["optim.num_epochs", "1.5"]),
         ("optim.num_epochs=0", ["optim.num_epochs", "1 or more"]),
         ("optim=3", ["optim"]),
+        ("model.recompute=some", ["model.recompute", "none, all, or every_N", "every_2"]),
+        ("model.recompute=every_1", ["model.recompute", "2 or more"]),
+        ("model.recompute=null", ["model.recompute"]),
         ("optim.lr.x=3", ["optim.lr.x"]),
         ("optim.lr", ["section.key=value"]),
         ("lora.dropout=1.0", ["lora.dropout", "below 1"]),

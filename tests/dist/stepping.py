@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,11 +53,14 @@ class Case:
     num_packs: int
     clipping: float | None
     dtype: torch.dtype = torch.float32
+    recompute: str = "none"
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         clipped = "" if self.clipping is None else "-clipped"
-        return f"{self.engine}-{self.num_packs}{clipped}{'' if self.dtype == torch.float32 else '-bf16'}"
+        recomputed = ("" if self.recompute == "none" else f"-{self.recompute}") + ("-compiled" if self.compiled else "")
+        return f"{self.engine}-{self.num_packs}{clipped}{recomputed}{'' if self.dtype == torch.float32 else '-bf16'}"
 
 
 def cases() -> Iterator[Case]:
@@ -64,6 +68,8 @@ def cases() -> Iterator[Case]:
         yield Case(engine, num_packs, clipping)
     for engine in ENGINES:
         yield Case(engine, 3, 0.5, torch.bfloat16)
+        yield Case(engine, 3, 0.5, recompute="all")
+    yield Case("plain", 1, None, recompute="every_2", compiled=True)  # in the last step one of two ranks has a filler
 
 
 @dataclass
@@ -110,6 +116,8 @@ def take_steps(case: Case, ranks: Ranks, engine: Recorded, collator: Collator) -
 
 def all_cases(tiny_model: str, collator: Collator, out: str) -> None:
     """Every engine in turn in this process group (all ranks); rank 0 writes what each found."""
+    # Graphs and their gradients as they are made for any kernels; making kernels takes a minute, and other tests do.
+    torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     for case in cases():
         AcceleratorState._reset_state(reset_partial_state=True)
         for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_CONFIG_DS_FIELDS"):
@@ -121,7 +129,9 @@ def all_cases(tiny_model: str, collator: Collator, out: str) -> None:
         )
         launch = read_launch(config, os.environ)
         ranks = Ranks.start(launch, cpu_threads=1)
-        model = packed_model(Path(tiny_model), dtype=case.dtype)
+        model = packed_model(
+            Path(tiny_model), dtype=case.dtype, recompute=case.recompute, compiled=case.compiled
+        )
         engine = Recorded(make_engine(model, ranks, config.optim, launch), model)
         take_steps(case, ranks, engine, collator)
         trained = engine.trained()

@@ -14,6 +14,7 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalG
 from vl_dist.data.images import PatchShape
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend, register
+from vl_dist.model.lora_linear import round_lora
 from vl_dist.model.tower import PatchProjection
 from vl_dist.settings import LoraSettings
 
@@ -128,6 +129,7 @@ def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, se
         warnings.simplefilter("ignore", FutureWarning)
         model = get_peft_model(base, settings)
     assert isinstance(model, PeftModel)
+    round_lora(model)
     if lora.init_from is not None:
         load_adapter_weights(model, lora.init_from)
         _check_scale(lora)
@@ -185,6 +187,7 @@ def load_adapter(base: Qwen2VLForConditionalGeneration, directory: Path) -> Peft
     with warnings.catch_warnings():  # of what is checked below
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(base, str(directory))
+    round_lora(model)
     expected = adapter_state(model).keys()
     strange = sorted(load_peft_weights(str(directory), device="cpu").keys() ^ expected)
     if strange:
