@@ -61,7 +61,8 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     config, ranks, num_steps = run.config, run.ranks, run.plan.num_steps
     if run.first_step == 0 and run.data.held_out is not None:
         write_row(run, evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
-    meter = Meter(ranks, run.flops, peak_flops=ranks.peak_flops(config.log.peak_tflops))
+    peak_flops = ranks.peak_flops(config.log.peak_tflops)
+    meter = Meter(ranks, run.flops, peak_flops=peak_flops, compiled=config.run.compile)
     for (share, dropped), waited_s in timed(ranks.together_noting(remaining_steps(run), lambda share: share.dropped)):
         run.late.add(dropped)
         done = share.step.number + 1

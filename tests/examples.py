@@ -44,6 +44,9 @@ def packed_model(
     seed: int = 3,
     dtype: torch.dtype = torch.float32,
     lora: LoraSettings | None = None,
+    recompute: str = "none",
+    compiled: bool = False,
+    num_lengths: int | None = None,
 ) -> PackedModel:
     """A tiny model whose adapter is random on both sides, so that every gradient is other than zero.
 
@@ -52,7 +55,8 @@ def packed_model(
     """
     base = load_base(directory, dtype, backend)
     settings = LoraSettings(r=r, alpha=8, dropout=dropout) if lora is None else lora
-    model = PackedModel(attach_lora(base, settings, seed=seed), backend)
+    adapted = attach_lora(base, settings, seed=seed)
+    model = PackedModel(adapted, backend, recompute=recompute, compiled=compiled, num_lengths=num_lengths)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.lora_parameters.items():

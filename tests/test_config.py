@@ -47,6 +47,7 @@ def test_a_dumped_configuration_is_a_recipe_that_reads_back_equal(recipe: Path, 
         ("model.quantize=4bit", "4bit"),
         ("optim.lr=1e-4", 1e-4),
         ("data.shuffle=false", False),
+        ("model.recompute=none", "none"),
     ],
 )
 def test_a_word_means_what_it_says(word: str, expected: object) -> None:
@@ -64,6 +65,9 @@ def test_a_word_means_what_it_says(word: str, expected: object) -> None:
         ("optim.num_epochs=1.5", ["optim.num_epochs", "1.5"]),
         ("optim.num_epochs=0", ["optim.num_epochs", "1 or more"]),
         ("optim=3", ["optim"]),
+        ("model.recompute=some", ["model.recompute", "none, all, or every_N", "every_2"]),
+        ("model.recompute=every_1", ["model.recompute", "2 or more"]),
+        ("model.recompute=null", ["model.recompute"]),
         ("optim.lr.x=3", ["optim.lr.x"]),
         ("optim.lr", ["section.key=value"]),
         ("lora.dropout=1.0", ["lora.dropout", "below 1"]),

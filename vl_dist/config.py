@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vl_dist.durations import duration_s
 from vl_dist.errors import UserError
 from vl_dist.lora_keys import check_lora, take_targets
+from vl_dist.recomputed import is_recompute
 from vl_dist.settings import Config, TrainFile
 
 DEFAULT_RECIPE = Path("recipes/shapes.yaml")
@@ -58,6 +59,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shapes.seed": _at_least(0),
     "shapes.num_train": _at_least(1),
     "shapes.num_eval": _at_least(1),
+    "model.recompute": (
+        is_recompute,
+        "must be none, all, or every_N with a whole number N of 2 or more (as every_2)",
+    ),
     "lora.r": _at_least(1),
     "lora.alpha": _above(0),
     "lora.dropout": ((lambda value: 0 <= value < 1), "must be at least 0 and below 1"),

@@ -54,6 +54,12 @@ class ModelConfig:
         None,
         "4bit: the language model's frozen linear layers in 4 bits (NF4, by bitsandbytes; CUDA only); null: as model.dtype",
     )
+    recompute: str = key(
+        "none",
+        "layers that keep their input alone and run again in the backward, to save memory for a third more time: none, "
+        "all, or every_N (every_2: each second layer)",
+        trains=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +239,12 @@ class RunConfig:
         None,
         "stop with a checkpoint and code 85 within this time of the start: seconds, or [[D-]HH:]MM:SS; null: no limit",
         "seconds or [[D-]HH:]MM:SS",
+        trains=False,
+    )
+    compile: bool = key(
+        False,
+        "compile decoder layers and the tower's blocks for training, without DeepSpeed; the first steps take longer, and "
+        "with batch.pack_lengths each length is compiled for itself",
         trains=False,
     )
     cpu_threads: int | None = key(None, "threads of each rank on a CPU; null: its share of cores", "threads", trains=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,12 +54,15 @@ class Case:
     clipping: float | None
     dtype: torch.dtype = torch.float32
     cached: bool = False  # some images' features come from the cache
+    recompute: str = "none"
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         clipped = "" if self.clipping is None else "-clipped"
         rounded = "" if self.dtype == torch.float32 else "-bf16"
-        return f"{self.engine}-{self.num_packs}{clipped}{rounded}{'-cached' if self.cached else ''}"
+        recomputed = ("" if self.recompute == "none" else f"-{self.recompute}") + ("-compiled" if self.compiled else "")
+        return f"{self.engine}-{self.num_packs}{clipped}{recomputed}{rounded}{'-cached' if self.cached else ''}"
 
 
 def cases() -> Iterator[Case]:
@@ -66,8 +70,10 @@ def cases() -> Iterator[Case]:
         yield Case(engine, num_packs, clipping)
     for engine in ENGINES:
         yield Case(engine, 3, 0.5, torch.bfloat16)
+        yield Case(engine, 3, 0.5, recompute="all")
     for engine in ("plain", "zero3"):
         yield Case(engine, 3, None, cached=True)
+    yield Case("plain", 1, None, recompute="every_2", compiled=True)  # in the last step one of two ranks has a filler
 
 
 @dataclass
@@ -119,6 +125,8 @@ def all_cases(tiny_model: str, collator: Collator, cached: Collator, out: str) -
         cached: finds the features of some images, so that in a step one rank needs the tower and the other does not, and
             in the last step none does.
     """
+    # Graphs and their gradients as they are made for any kernels; making kernels takes a minute, and other tests do.
+    torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     for case in cases():
         AcceleratorState._reset_state(reset_partial_state=True)
         for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_CONFIG_DS_FIELDS"):
@@ -130,7 +138,9 @@ def all_cases(tiny_model: str, collator: Collator, cached: Collator, out: str) -
         )
         launch = read_launch(config, os.environ)
         ranks = Ranks.start(launch, cpu_threads=1)
-        model = packed_model(Path(tiny_model), dtype=case.dtype)
+        model = packed_model(
+            Path(tiny_model), dtype=case.dtype, recompute=case.recompute, compiled=case.compiled
+        )
         engine = Recorded(make_engine(model, ranks, config.optim, launch), model)
         take_steps(case, ranks, engine, cached if case.cached else collator)
         trained = engine.trained()

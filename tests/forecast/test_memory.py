@@ -19,6 +19,7 @@ from vl_dist.forecast.memory import (
     lora_parameters,
     predict_memory,
 )
+from vl_dist.model.attention import Backend
 from vl_dist.model.flops import ModelShape, read_shape
 from vl_dist.model.load import load_base
 from vl_dist.model.lora import attach_lora
@@ -27,7 +28,6 @@ from vl_dist.settings import LoraSettings
 from vl_dist.tiny import make_tiny_model
 
 SOME = ("q_proj", "down_proj")
-CPU_MASK = 4  # bytes of an entry: a CPU keeps a dropout mask as numbers
 ALL = LoraSettings().target_modules
 
 
@@ -50,24 +50,54 @@ def kept_by_autograd(model: PackedModel, batch: Batch) -> int:
     return sum(seen.values())
 
 
+WAYS: dict[str, tuple[Backend, str]] = {
+    "sdpa": ("sdpa", "none"),
+    "eager": ("eager", "none"),
+    "all": ("sdpa", "all"),
+    "every_2": ("sdpa", "every_2"),
+}
+
+
+@pytest.fixture(scope="module")
+def by_layers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Models that differ in depth only."""
+    found = {layers: tmp_path_factory.mktemp("layers") / str(layers) for layers in (2, 4)}
+    for layers, directory in found.items():
+        make_tiny_model(directory, TEXTS, seed=1, size=replace(SMALL, layers=layers))
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-@pytest.mark.parametrize("targets", [ALL, SOME], ids=["all", "some"])
+@pytest.mark.parametrize(
+    ("targets", "way"), [(ALL, "sdpa"), (SOME, "sdpa"), (ALL, "eager"), (ALL, "all"), (SOME, "every_2"), (ALL, "every_2")]
+)
 def test_a_layer_keeps_what_is_predicted(
-    tmp_path: Path, collator: Collator, dtype: torch.dtype, dropout: float, targets: tuple[str, ...]
+    by_layers: dict[int, Path],
+    collator: Collator,
+    dtype: torch.dtype,
+    dropout: float,
+    targets: tuple[str, ...],
+    way: str,
 ) -> None:
+    backend, recompute = WAYS[way]
     batch = collator.pack([example for example in SEVEN if not example.image_paths] * 2)
-    kept = []
-    for layers in (2, 4):
-        directory = tmp_path / str(layers)
-        make_tiny_model(directory, TEXTS, seed=1, size=replace(SMALL, layers=layers))
+    training = Training(
+        rank=4,
+        targets=targets,
+        has_dropout=dropout > 0,
+        base_bytes=dtype.itemsize,
+        mask_bytes=dtype.itemsize,  # a CPU keeps a dropout mask as numbers
+        eager=backend == "eager",
+        recompute=recompute,
+    )
+    kept, predicted = [], []
+    for directory in by_layers.values():
         settings = LoraSettings(r=4, alpha=8, dropout=dropout, target_modules=targets)
-        base = load_base(directory, dtype, "sdpa")
-        kept.append(kept_by_autograd(PackedModel(attach_lora(base, settings, seed=0), "sdpa").train(), batch))
-    shape = replace(read_shape(directory), layers=1)
-    training = Training(rank=4, targets=targets, has_dropout=dropout > 0, base_bytes=dtype.itemsize, mask_bytes=CPU_MASK)
-    predicted = kept_activations(shape, training, batch.num_tokens)
-    assert (kept[1] - kept[0]) / 2 == pytest.approx(predicted, rel=0.01)
+        adapted = attach_lora(load_base(directory, dtype, backend), settings, seed=0)
+        kept.append(kept_by_autograd(PackedModel(adapted, backend, recompute=recompute).train(), batch))
+        predicted.append(kept_activations(read_shape(directory), training, batch.num_tokens))
+    assert kept[1] - kept[0] == pytest.approx(predicted[1] - predicted[0], rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +130,18 @@ def test_each_zero_stage_spreads_more_and_nothing_is_lost(shape_2b: ModelShape) 
     assert len({one.activations for one in by_stage}) == 1
     alone = predict_memory(shape_2b, training, pack, world_size=1, zero_stage=2)
     assert alone == predict_memory(shape_2b, training, pack, world_size=1, zero_stage=0)
+
+
+def test_recomputation_gives_up_a_layers_activations_for_those_of_one_layer_at_a_time(shape_2b: ModelShape) -> None:
+    pack = PackSize(tokens=8192, targets=256, patches=6400)
+    found = {}
+    for recompute in ("none", "every_2", "all"):
+        training = Training(rank=64, targets=ALL, has_dropout=True, base_bytes=2, recompute=recompute)
+        found[recompute] = predict_memory(shape_2b, training, pack, world_size=1, zero_stage=0)
+    none, half, everything = found.values()
+    assert half.activations == pytest.approx((none.activations + everything.activations) / 2)
+    assert everything.activations == 28 * 8192 * 1536 * 2
+    assert everything.working == half.working > none.working
+    assert everything.total < half.total < none.total
+    eager = predict_memory(shape_2b, replace(training, eager=True), pack, world_size=1, zero_stage=0)
+    assert eager.total > everything.total + 12 * 8192**2 * 4

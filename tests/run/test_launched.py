@@ -10,7 +10,7 @@ from tests.commands import ROOT
 from tests.processes import launcher_variables
 from vl_dist.errors import UserError
 from vl_dist.run.launched import read_launch, refuse_lost_ranks
-from vl_dist.settings import Config, LoraSettings, ModelConfig, OptimConfig
+from vl_dist.settings import Config, LoraSettings, ModelConfig, OptimConfig, RunConfig
 
 ZERO = ("zero1.yaml", "zero2.yaml", "zero3.yaml", "zero3_offload.yaml")
 
@@ -48,6 +48,17 @@ def test_our_configurations_take_every_shared_value_from_the_recipe(
         f"clipping {clipping or 0.0} (optim.max_grad",
     ]
     assert all(part in shown for part in [*parts, "precision bfloat16 (model.dtype"]), shown
+
+
+@pytest.mark.parametrize("config_file", ZERO)
+def test_compilation_is_refused_with_deepspeed_which_would_mix_parameters(
+    config_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = Config(run=RunConfig(compile=True))
+    with pytest.raises(UserError, match=r"run\.compile=true.*DeepSpeed.*run\.compile=false.*ddp\.yaml"):
+        read_launch(config, launcher_variables(config_file))
+    assert read_launch(config, {}).deepspeed is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)

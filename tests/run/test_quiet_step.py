@@ -86,10 +86,11 @@ def reads_of(action: Callable[[], Any]) -> list[str]:
     return calls.found + reads.found
 
 
-@pytest.fixture
-def run(tiny_model: Path) -> Any:
+@pytest.fixture(params=["none", "every_2"])
+def run(tiny_model: Path, request: pytest.FixtureRequest) -> Any:
     settings = LoraSettings(r=4, dropout=0.05, target_modules=("q_proj", "down_proj", "qkv", "fc1"), tower=True)
-    model = PackedModel(attach_lora(load_base(tiny_model, torch.float32, "sdpa"), settings, seed=0), "sdpa").train()
+    adapted = attach_lora(load_base(tiny_model, torch.float32, "sdpa"), settings, seed=0)
+    model = PackedModel(adapted, "sdpa", recompute=request.param).train()
     ranks = Ranks(Accelerator(cpu=True))
     engine = PlainEngine(model, ranks, OptimConfig(max_grad_norm=0.5))
     engine.set_lr(1e-3)

@@ -72,6 +72,8 @@ def make_forecast(config: Config, *, world_size: int, on_progress: Progress) -> 
         targets=tuple({name.rsplit(".", 1)[-1]: None for name in targets.layers["language model"]}),
         has_dropout=config.lora.dropout > 0,
         base_bytes=BASE_BYTES[config.model.dtype],
+        eager=config.model.attention == "eager",
+        recompute=config.model.recompute,
     )
     return Forecast(
         config=config,

@@ -7,6 +7,7 @@ counts them on a small model. Not predicted are CUDA's own context, the allocato
 from dataclasses import dataclass
 
 from vl_dist.model.flops import ModelShape
+from vl_dist.recomputed import recomputed_layers
 
 GIB = 2**30
 FLOAT32 = 4  # bytes; LoRA, its gradient and AdamW's moments always have it
@@ -21,7 +22,9 @@ class Training:
     targets: tuple[str, ...]
     has_dropout: bool
     base_bytes: int  # of one frozen weight: 2 for bfloat16, 4 for float32
-    mask_bytes: int = 1  # of one dropout mask's entry: 1 on CUDA, 4 on a CPU
+    mask_bytes: int = 1  # of one dropout mask's entry: 1 on CUDA, base_bytes on a CPU
+    eager: bool = False  # attention over a dense square
+    recompute: str = "none"  # model.recompute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,29 +71,49 @@ def frozen_parameters(shape: ModelShape) -> int:
 
 
 def kept_activations(shape: ModelShape, training: Training, num_tokens: int) -> float:
-    """Bytes that the decoder layers keep for the backward of one pack.
+    """Bytes that the decoder layers keep for the backward of one pack; those that run again there keep their input."""
+    num_again = len(recomputed_layers(training.recompute, shape.layers))
+    again = num_again * num_tokens * shape.hidden * training.base_bytes
+    return float((shape.layers - num_again) * _kept_by_layer(shape, training, num_tokens) + again)
 
-    A layer keeps, for each token: the two norms' inputs in float32; queries of all heads, keys and values of theirs, and
-    attention's output, once by length of document and once as LoRA reads it; the gate, its activation and the up
-    projection; what each LoRA reads, in float32 (with dropout also the mask), and what its A gives.
+
+def _kept_by_layer(shape: ModelShape, training: Training, num_tokens: int) -> int:
+    """Bytes of one layer that runs once.
+
+    For each token: the two norms' inputs in float32; queries, keys, values and what attention gave (`_kept_by_attention`);
+    the gate, its activation and the up projection; what each LoRA reads (with dropout also the mask), and what its A gives.
+    Beside them LoRA's matrices, as they were rounded for a base that is not in float32.
     """
     h, a, m = shape.hidden, shape.heads * shape.head_dim, shape.mlp
     base = training.base_bytes
     targets = [name for name in shape.linear_sizes if name in training.targets]
     inputs = {"o_proj": a, "down_proj": m}
     read = {name: inputs.get(name, h) for name in targets}
-    g = shape.key_value_heads * shape.head_dim
-    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 2 * (a + g) * base + shape.heads * FLOAT32 + 3 * m * base
-    token += len(targets) * training.rank * FLOAT32
+    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 3 * m * base + len(targets) * training.rank * base
     if training.has_dropout:
-        token += sum(read.values()) * (FLOAT32 + training.mask_bytes)
-    elif base == FLOAT32:  # read as they are: one tensor for q, k and v, one for gate and up
+        token += sum(read.values()) * (base + training.mask_bytes)
+    else:  # read as they are: one tensor for q, k and v, one for gate and up
         shared = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
         token += sum(h * base for names in shared if names & set(targets))
         token += sum(read[name] * base for name in inputs if name in targets)
-    else:
-        token += sum(read.values()) * FLOAT32
-    return float(shape.layers * num_tokens * token)
+    rounded = 0 if base == FLOAT32 else lora_parameters(shape, training.rank, training.targets) // shape.layers * base
+    return num_tokens * token + _kept_by_attention(shape, training, num_tokens) + rounded
+
+
+def _kept_by_attention(shape: ModelShape, training: Training, num_tokens: int) -> int:
+    """Bytes of one layer: queries, keys and values, and what attention gave by length of document with a sum a head.
+
+    Eager attention has keys and values of all heads, and keeps the square of weights: in float32, and rounded.
+    """
+    a, g, base = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim, training.base_bytes
+    if not training.eager:
+        return num_tokens * (2 * (a + g) * base + shape.heads * FLOAT32)
+    return num_tokens * 3 * a * base + _square(shape, num_tokens) * (FLOAT32 if base == FLOAT32 else FLOAT32 + base)
+
+
+def _square(shape: ModelShape, num_tokens: int) -> int:
+    """Weights of eager attention in one layer."""
+    return shape.heads * num_tokens**2
 
 
 def predict_memory(
@@ -111,10 +134,14 @@ def predict_memory(
         weights = weights / world_size + shape.vocabulary * shape.hidden * training.base_bytes + layer
     logits = pack.targets * shape.vocabulary * (training.base_bytes + 3 * FLOAT32)
     widest = 4 * pack.tokens * shape.mlp * FLOAT32
+    if training.eager:  # the mask, and the gradient of the weights before and after softmax
+        mask, square = pack.tokens**2 * training.base_bytes, _square(shape, pack.tokens)
+        widest = mask + max(widest, square * 2 * FLOAT32)
+    again = 0 if training.recompute == "none" else _kept_by_layer(shape, training, pack.tokens)  # one layer at a time
     tower = pack.patches * (shape.tower_width * 6 + shape.tower_mlp * 2) * training.base_bytes
     return RankMemory(
         weights=weights,
         lora=lora * (share[0] + share[1] + 2 * share[2]),
         activations=kept_activations(shape, training, pack.tokens),
-        working=max(logits + widest, tower) + pack.patches * shape.patch_values * FLOAT32,
+        working=max(max(logits, again) + widest, tower) + pack.patches * shape.patch_values * FLOAT32,
     )

@@ -25,7 +25,8 @@ def tables(found: Forecast) -> Iterator[Table | Text]:
     largest = found.figures.largest
     yield Text(
         f"For the largest packs measured: {largest.tokens:,} tokens, {largest.targets:,} targets, {largest.patches:,} "
-        "patches. The adapter is with its gradients and moments; working are logits and the widest gradients. CUDA's own "
+        "patches. The adapter is with its gradients and moments; activations are those that "
+        f"model.recompute={found.config.model.recompute} keeps; working are logits and the widest gradients. CUDA's own "
         "context, the allocator's waste and communication buffers come on top.\n"
     )
     yield _disk(found)

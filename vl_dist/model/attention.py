@@ -131,9 +131,17 @@ def packed_attention(
     """What transformers calls in each layer: the pack's own attention, or SDPA where there is a mask or nothing."""
     if callable(attention_mask):
         assert not others.get("dropout"), "Qwen2-VL has no dropout in attention"
-        return attention_mask(query, key, value, scaling), None
+        return attend_apart(attention_mask, query, key, value, scaling), None
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     return attended, None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attend_apart(
+    attend: PackAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """The same call, never part of a compiled layer: its loops and calls are others for each pack."""
+    return attend(query, key, value, scaling)
 
 
 def sees(document_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:

@@ -18,19 +18,40 @@ from torch.nn import functional
 from vl_dist.data.collate import Batch
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend, by_image, make_kernel
+from vl_dist.model.compilation import compile_layers
+from vl_dist.model.recompute import recompute_layers
 from vl_dist.model.tower import encode_images
 
 
 class PackedModel(nn.Module):
     """A PEFT-wrapped Qwen2-VL that takes packs."""
 
-    def __init__(self, peft_model: PeftModel, backend: Backend) -> None:
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        backend: Backend,
+        *,
+        recompute: str = "none",
+        compiled: bool = False,
+        num_lengths: int | None = None,
+    ) -> None:
+        """
+        Args:
+            peft_model: its layers are changed in place as far as the following ask for it.
+            backend: attention of the language model.
+            recompute: `model.recompute`.
+            compiled: whether layers are compiled for training (`run.compile`).
+            num_lengths: how many lengths packs have at most (`batch.pack_lengths`).
+        """
         super().__init__()
         self.peft_model = peft_model
         self._backend = backend
         self._kernel = make_kernel(backend)
         self.tower_trains = any(p.requires_grad for p in self.tower.parameters())
         self.keep_features: Callable[[Batch, torch.Tensor], None] | None = None  # gets what the tower made of each pack
+        if compiled:
+            compile_layers(self._base, num_lengths)
+        recompute_layers(self._base, recompute)
 
     @property
     def _base(self) -> Any:
@@ -112,6 +133,6 @@ def out_of_memory_named(pack: Batch) -> Iterator[None]:
         first_line = str(error).splitlines()[0]
         raise UserError(
             f"The device ran out of memory in a pack of {pack.num_tokens} tokens and {pack.num_patches} patches: "
-            f"{first_line} Lower batch.max_tokens_per_pack (the same examples then make more, smaller packs) or "
-            "data.max_pixels."
+            f"{first_line} Set model.recompute=all (the same numbers, in more time), or lower batch.max_tokens_per_pack "
+            "(the same examples then make more, smaller packs) or data.max_pixels."
         ) from None

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+from vl_dist.model.attention import PackAttention, attend_apart
 
 
 class PatchProjection(nn.Conv3d):
@@ -46,7 +46,7 @@ class PatchProjection(nn.Conv3d):
         return product[:, :, None, None, None]
 
 
-def encode_images(tower: Any, patches: torch.Tensor, positions: torch.Tensor, attend: Attention) -> torch.Tensor:
+def encode_images(tower: Any, patches: torch.Tensor, positions: torch.Tensor, attend: PackAttention) -> torch.Tensor:
     """The features of images, as the language model takes them.
 
     Source: `Qwen2VisionTransformerPretrainedModel.forward` (transformers 5.23), which a test compares.
@@ -63,10 +63,24 @@ def encode_images(tower: Any, patches: torch.Tensor, positions: torch.Tensor, at
     hidden = tower.patch_embed(patches)
     rotation = _rotation(tower.rotary_pos_emb.inv_freq, positions)
     for block in tower.blocks:
-        hidden = hidden + _attention(block.attn, block.norm1(hidden), rotation, attend)
-        hidden = hidden + block.mlp(block.norm2(hidden))
+        hidden = block_pass(block)(block, hidden, rotation, attend)
     features: torch.Tensor = tower.merger(hidden)
     return features
+
+
+def pass_block(
+    block: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attend: PackAttention
+) -> torch.Tensor:
+    """[P, E] from [P, E]: one block over the patches of all images."""
+    attended = hidden + _attention(block.attn, block.norm1(hidden), rotation, attend)
+    passed: torch.Tensor = attended + block.mlp(block.norm2(attended))
+    return passed
+
+
+def block_pass(block: Any) -> Callable[..., torch.Tensor]:
+    """How `encode_images` runs a block: `pass_block`, or what recomputation or compilation put on the block instead."""
+    run: Callable[..., torch.Tensor] = getattr(block, "pass_images", pass_block)
+    return run
 
 
 def _rotation(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,12 +92,12 @@ def _rotation(frequencies: torch.Tensor, positions: torch.Tensor) -> tuple[torch
 
 
 def _attention(
-    layer: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attend: Attention
+    layer: Any, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], attend: PackAttention
 ) -> torch.Tensor:
     """[P, E] from [P, E]."""
     query, key, value = layer.qkv(hidden).unflatten(-1, (3, layer.num_heads, -1)).unbind(1)  # [P, heads, D]
     query, key = apply_rotary_pos_emb_vision(query, key, *rotation)
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    attended = attend(query, key, value, layer.head_dim**-0.5)
+    attended = attend_apart(attend, query, key, value, layer.head_dim**-0.5)
     projected: torch.Tensor = layer.proj(attended[0].flatten(1))
     return projected

@@ -75,4 +75,11 @@ def load_model(config: Config, directory: Path, device: torch.device) -> PackedM
     dtype = resolve_dtype(config.model.dtype, device.type, bf16_supported=bf16)
     backend = resolve_backend(config.model.attention, device.type, dtype, branches=config.data.share_prefix)
     base = load_base(directory, dtype, backend, four_bits_on=None if config.model.quantize is None else device)
-    return PackedModel(attach_lora(base, config.lora, seed=config.run.seed), backend).to(device)
+    model = PackedModel(
+        attach_lora(base, config.lora, seed=config.run.seed),
+        backend,
+        recompute=config.model.recompute,
+        compiled=config.run.compile,
+        num_lengths=config.batch.pack_lengths,
+    )
+    return model.to(device)

@@ -168,6 +168,7 @@ class RunConsole:
                 f"{row['perf/examples_per_s']:.1f} examples/s",
                 *([f"MFU {mfu:.1%}"] if mfu is not None else []),
                 f"{row['perf/peak_memory_gib']:.1f} GiB",
+                *([f"{row['perf/recompiles']:.0f} graphs compiled"] if row.get("perf/recompiles") else []),
             ]
         )
         if self._progress.disable:

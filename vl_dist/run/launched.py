@@ -73,7 +73,8 @@ def read_launch(config: Config, env: Mapping[str, str]) -> Launch:
         env: the environment of this process.
 
     Raises:
-        UserError: the files contradict each other (one table of both values), or DeepSpeed's cannot be read.
+        UserError: the files contradict each other (one table of both values), DeepSpeed's cannot be read, or its stage
+            cannot do what the recipe asks for.
     """
     shared = _shared(config)
     world_size = int(env.get("WORLD_SIZE", "1"))
@@ -87,6 +88,14 @@ def read_launch(config: Config, env: Mapping[str, str]) -> Launch:
     clashes += _clashes_in_json(given, source, shared, config, env, world_size)
     _refuse_clashes(clashes)
     _refuse_with_stage_3(config, given["zero_optimization"]["stage"])
+    if config.run.compile:
+        # ZeRO 1 and 2 sum gradients over ranks in the order in which each rank happens to get them: compiled code and a
+        # filler that ran without it have them in different orders, and the sums mix parameters. ZeRO 3 takes weights away
+        # between the operations that would be compiled together.
+        raise UserError(
+            f"run.compile=true cannot be used with DeepSpeed ({source}), which relies on every rank having its gradients "
+            "in the same order. Set run.compile=false, or launch with ddp.yaml."
+        )
     filled = _filled(given, shared, world_size)
     autos = [key for key, value in _leaves(filled) if value == "auto"]
     if autos:

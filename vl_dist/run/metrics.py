@@ -18,6 +18,7 @@ from vl_dist.data.loader import LoadedData
 from vl_dist.data.plan import Plan, Step
 from vl_dist.data.record_files import BadRow
 from vl_dist.data.validate import BAD_ROWS
+from vl_dist.model.compilation import num_compilations
 from vl_dist.model.flops import FlopCounter
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.files import LEDGER, METRICS
@@ -147,12 +148,14 @@ def scores_of(row: dict[str, Any]) -> dict[str, float]:
 class Meter:
     """Sums since the last row. Device values stay on the device until a row is due."""
 
-    def __init__(self, ranks: Ranks, flops: FlopCounter, *, peak_flops: float | None) -> None:
+    def __init__(self, ranks: Ranks, flops: FlopCounter, *, peak_flops: float | None, compiled: bool = False) -> None:
         """
         Args:
             flops: counts the useful operations of a pack.
             peak_flops: operations a second of one device at best; None: not known, or a CPU.
+            compiled: rows say how many graphs were compiled on this rank (`run.compile`).
         """
+        self._compiled = compiled
         self._ranks = ranks
         self._flops = flops
         self._peak_flops = peak_flops
@@ -166,6 +169,7 @@ class Meter:
         self._examples = self._images = self._tokens = self._padding = self._targets = self._patches = 0
         self._useful_flops = 0.0
         self._data_wait_s = 0.0
+        self._compilations = num_compilations() if self._compiled else 0
         self._started = time.perf_counter()
 
     def add(self, packs: Sequence[Batch], losses: torch.Tensor, grad_norm: torch.Tensor | None, data_wait_s: float) -> None:
@@ -225,6 +229,8 @@ class Meter:
             "perf/data_wait_s": self._data_wait_s,
             "perf/peak_memory_gib": peak_memory_gib(self._ranks.device),
         }
+        if self._compiled:
+            row["perf/recompiles"] = num_compilations() - self._compilations
         self.start()
         return row
 

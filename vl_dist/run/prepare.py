@@ -12,6 +12,7 @@ from vl_dist.data.plan import Plan
 from vl_dist.data.validate import BAD_ROWS, write_bad_rows
 from vl_dist.errors import UserError
 from vl_dist.evaluate.scores import DocumentFrequency
+from vl_dist.model.compilation import refuse_without_compiler
 from vl_dist.model.flops import FlopCounter, read_shape
 from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_processor, patch_shape
@@ -142,6 +143,8 @@ def _model(
     config: Config, session: Session, model_dir: Path, data: RunData, start: directory.Start
 ) -> tuple[PackedModel, Restored | None]:
     """Base and adapter as training goes on with them, and what else the checkpoint holds (all ranks)."""
+    if config.run.compile:
+        session.ranks.each(lambda: refuse_without_compiler(session.ranks.device))
     model = load_model(config, model_dir, session.ranks.device)
     restored = restore(start.checkpoint, model, session.ranks) if start.checkpoint is not None else None
     if restored is not None and restored.state.data != data.train.fingerprint and not config.run.allow_changes:
