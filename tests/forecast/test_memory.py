@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.real_shape import config_2b
 from tests.conftest import SMALL, TEXTS
@@ -19,6 +20,7 @@ from vl_dist.forecast.memory import (
     lora_parameters,
     predict_memory,
 )
+from vl_dist.model import lora_linear
 from vl_dist.model.attention import Backend
 from vl_dist.model.flops import ModelShape, read_shape
 from vl_dist.model.load import load_base
@@ -79,7 +81,9 @@ def test_a_layer_keeps_what_is_predicted(
     dropout: float,
     targets: tuple[str, ...],
     way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(lora_linear, "SparseDropout", nn.Dropout)  # keeps masks, as on CUDA
     backend, recompute = WAYS[way]
     batch = collator.pack([example for example in SEVEN if not example.image_paths] * 2)
     training = Training(

@@ -1,4 +1,4 @@
-"""LoRA on a base in bfloat16 reads its inputs as they are, and is still PEFT's LoRA in float32."""
+"""Fused LoRA is PEFT's LoRA; on a base in bfloat16 it reads its inputs as they are, and its weights stay in float32."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,12 +8,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.examples import SEVEN, packed_model
+from tests.examples import SEVEN, assert_close, gradients, packed_model
 from tests.forecast.test_memory import kept_by_autograd
 from vl_dist.data.collate import Collator
-from vl_dist.model import load
-from vl_dist.model.load import attach_lora, load_adapter, load_base
-from vl_dist.model.lora_linear import RoundedLinear, round_lora
+from vl_dist.model import lora
+from vl_dist.model.dropout import SparseDropout
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora, load_adapter
+from vl_dist.model.lora_linear import RoundedLinear, fuse_lora
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.settings import LoraSettings
 
@@ -48,7 +50,7 @@ def test_a_pack_keeps_a_quarter_less_than_with_pefts_casts(
     for dropout in (0.0, 0.05):
         with monkeypatch.context() as patch:
             ours = kept_by_autograd(packed_model(tiny_model, dtype=torch.bfloat16, dropout=dropout), pack)
-            patch.setattr(load, "round_lora", lambda _model: None)
+            patch.setattr(lora, "fuse_lora", lambda _model: None)
             theirs = kept_by_autograd(packed_model(tiny_model, dtype=torch.bfloat16, dropout=dropout), pack)
         assert ours < 0.75 * theirs
 
@@ -69,8 +71,44 @@ def test_weights_gradients_and_files_are_float32_under_pefts_names(
         assert torch.equal(loaded(input_ids=ids).logits, model.peft_model.eval()(input_ids=ids).logits)
 
 
-def test_a_base_in_float32_is_left_to_peft(tiny_model: Path) -> None:
-    assert rounded(packed_model(tiny_model)) == 0
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_layer_in_float32_is_pefts_in_outputs_and_gradients(tiny_model: Path, collator: Collator, rslora: bool) -> None:
+    settings = LoraSettings(r=4, alpha=8, dropout=0.0, rslora=rslora)
+    pack, found = collator.pack(SEVEN), []
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not fused:
+                patch.setattr(lora, "fuse_lora", lambda _model: None)
+            model = packed_model(tiny_model, lora=settings)
+        assert rounded(model) == (2 * 7 * 2 if fused else 0)
+        loss = model(pack)
+        loss.backward()
+        found.append({"loss": loss.detach()} | gradients(model))
+    assert_close(*found)
+
+
+def test_merging_and_switching_off_are_pefts(tiny_model: Path) -> None:
+    model = packed_model(tiny_model).peft_model.eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        merged = model.merge_and_unload()(input_ids=ids).logits
+    expected = load_base(tiny_model, torch.float32, "sdpa")(input_ids=ids).logits
+    torch.testing.assert_close(base, expected)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    assert float((merged - base).abs().max()) > 0.1
+
+
+def test_dropout_is_that_of_the_adapter_and_off_in_evaluation(tiny_model: Path, collator: Collator) -> None:
+    model, pack = packed_model(tiny_model, dropout=0.3), collator.pack(SEVEN)
+    dropped = [module for module in model.modules() if isinstance(module, SparseDropout)]
+    assert len(dropped) == 2 * 7 and {module.p for module in dropped} == {0.3}
+    with torch.no_grad():
+        assert not torch.equal(model(pack), model(pack))
+        model.eval()
+        assert torch.equal(model(pack), model(pack))
 
 
 def test_rank_stabilised_scaling_is_kept_and_dora_is_left_to_peft(tiny_model: Path) -> None:
@@ -87,12 +125,12 @@ def test_rank_stabilised_scaling_is_kept_and_dora_is_left_to_peft(tiny_model: Pa
             before = model(input_ids=ids).logits
             with model.disable_adapter():
                 base = model(input_ids=ids).logits
-            round_lora(model)
+            fuse_lora(model)
             after = model(input_ids=ids).logits
         assert (rounded(model) == 0) == dora
         assert float((after - before).norm() / (before - base).norm()) < (1e-6 if dora else 0.1)
 
 
 def test_a_target_on_the_tower_is_rounded_too(tiny_model: Path) -> None:
-    settings = LoraSettings(r=2, target_modules=("q_proj", "qkv"))
+    settings = LoraSettings(r=2, target_modules=("q_proj", "qkv"), tower=True)
     assert rounded(attach_lora(load_base(tiny_model, torch.bfloat16, "sdpa"), settings, seed=0)) == 2 * (2 + 2)

@@ -9,7 +9,8 @@ import torch
 from tests.examples import SEVEN, gradients, packed_model
 from vl_dist.data.collate import Collator
 from vl_dist.model.attention import Backend
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.recomputed import is_recompute, recomputed_layers
 from vl_dist.settings import LoraSettings
@@ -18,7 +19,7 @@ WAYS = ("none", "all", "every_2")
 
 
 def with_trained_tower(directory: Path, recompute: str) -> PackedModel:
-    settings = LoraSettings(r=2, dropout=0.1, target_modules=("q_proj", "down_proj", "qkv", "fc1"))
+    settings = LoraSettings(r=2, dropout=0.1, target_modules=("q_proj", "down_proj", "qkv", "fc1"), tower=True)
     adapted = attach_lora(load_base(directory, torch.float32, "sdpa"), settings, seed=0)
     model = PackedModel(adapted, "sdpa", recompute=recompute).train()
     with torch.no_grad():

@@ -15,9 +15,10 @@ from torch import nn
 from tests.examples import assert_close, gradients
 from tests.model.test_shared_prefix import GROUPS
 from vl_dist.data.collate import Batch, Collator
-from vl_dist.model import load
+from vl_dist.model import lora
 from vl_dist.model.attention import Backend
-from vl_dist.model.load import attach_lora, load_base
+from vl_dist.model.load import load_base
+from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.settings import LoraSettings
 
@@ -76,8 +77,8 @@ def make(directory: Path, way: Way, dtype: torch.dtype, monkeypatch: pytest.Monk
         base.model.visual.patch_embed.proj = convolution
     with monkeypatch.context() as patch:
         if way.peft_casts:
-            patch.setattr(load, "round_lora", lambda _model: None)
-        adapted = attach_lora(base, LoraSettings(r=4, alpha=8, dropout=0.0, target_modules=TARGETS), seed=3)
+            patch.setattr(lora, "fuse_lora", lambda _model: None)
+        adapted = attach_lora(base, LoraSettings(r=4, alpha=8, dropout=0.0, target_modules=TARGETS, tower=True), seed=3)
     model = PackedModel(adapted, way.backend, recompute=way.recompute, compiled=way.compiled, num_lengths=way.num_lengths)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

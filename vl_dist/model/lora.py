@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import Qwen2VLForConditionalGeneration
 
 from vl_dist.errors import UserError
-from vl_dist.model.lora_linear import round_lora
+from vl_dist.model.lora_linear import fuse_lora
 from vl_dist.model.targets import choose_targets
 from vl_dist.settings import LoraSettings
 
@@ -43,7 +43,7 @@ def attach_lora(base: Qwen2VLForConditionalGeneration, lora: LoraSettings, *, se
     assert isinstance(model, PeftModel)
     if lora.init_lora_weights == "orthogonal":
         _make_orthogonal(model)
-    round_lora(model)
+    fuse_lora(model)
     if lora.init_from is not None:
         _refuse_other_kind(lora, lora.init_from)
         load_adapter_weights(model, lora.init_from)
@@ -153,7 +153,7 @@ def load_adapter(base: Qwen2VLForConditionalGeneration, directory: Path) -> Peft
     with warnings.catch_warnings():  # of what is checked below
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(base, str(directory))
-    round_lora(model)
+    fuse_lora(model)
     expected = adapter_state(model).keys()
     strange = sorted(load_peft_weights(str(directory), device="cpu").keys() ^ expected)
     if strange:

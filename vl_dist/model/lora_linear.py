@@ -1,10 +1,11 @@
-"""LoRA's two matrices as a base in lower precision reads them: rounded on the way in, kept in float32.
+"""LoRA's sum in one operation, in the precision of the base; weights, gradients and files stay in float32.
 
-PEFT turns every input of an adapter into float32 instead, which copies the widest activations of a layer at twice their
-size and multiplies them without tensor cores. Here the small matrices are rounded, as autocast would; the optimizer, the
-sum of gradients over packs and the files still have float32.
+PEFT multiplies the update by its scale, adds it to the base's output, and turns every input into float32 where the base has
+less: three passes over the widest activations of a layer in each direction, and copies at twice their size. Here the small
+matrices are rounded instead, as autocast would, and the product, the scale and the sum are one `addmm`.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,38 +13,62 @@ from peft.tuners.lora import Linear as LoraLayer
 from torch import nn
 from torch.nn import functional
 
+from vl_dist.model.dropout import SparseDropout
+
 
 class RoundedLinear(nn.Linear):
-    """A linear layer in float32 that computes in the precision of its input."""
+    """A linear layer in float32, without a bias, that computes in the precision of its input."""
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "RoundedLinear":
         """The same layer, with the same weight."""
-        assert getattr(linear, "bias", None) is None, "LoRA without biases"
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, bias=False)
         layer.weight = linear.weight
         return layer
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, onto: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        """[..., outputs] from [..., inputs]; with `onto` [..., outputs], that plus the scaled product."""
+        weight = self.weight.to(inputs.dtype)
+        if onto is None:
+            return functional.linear(inputs, weight)
+        summed = torch.addmm(onto.flatten(0, -2), inputs.flatten(0, -2), weight.t(), alpha=scale)
+        return summed.view(onto.shape)
+
+
+class FusedLora(LoraLayer):  # type: ignore[misc]
+    """PEFT's layer, which computes its usual case by itself: one adapter, active and not merged."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., outputs] from [..., inputs]."""
-        return functional.linear(inputs, self.weight.to(inputs.dtype))
+        if args or kwargs or self.disable_adapters or self.merged or list(self.active_adapters) != list(self.lora_A):
+            found: torch.Tensor = super().forward(x, *args, **kwargs)
+            return found
+        [name] = self.active_adapters
+        down = self.lora_A[name](self.lora_dropout[name](x))
+        # Through the modules, whose weights ZeRO-3 gathers when they are called.
+        added: torch.Tensor = self.lora_B[name](down, onto=self.base_layer(x), scale=self.scaling[name])
+        return added
 
 
-def round_lora(model: nn.Module) -> None:
-    """Spares LoRA's inputs the cast to float32 where the base has less; names of weights stay.
+def fuse_lora(model: nn.Module) -> None:
+    """Makes LoRA layers compute as above; names of weights stay.
 
-    DoRA, which takes norms of the whole weight, is left as PEFT computes it.
+    DoRA, which takes norms of the whole weight, and layers of a quantised base are left as PEFT computes them.
     """
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer) or _variants(layer):
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
+        if type(layer) is not LoraLayer or len(layer.lora_A) != 1 or _has_variants(layer):
             continue
-        for name, down in layer.lora_A.items():
-            if down.weight.dtype != layer.get_base_layer().weight.dtype and down.bias is None:
-                layer.cast_input_dtype_enabled = False
-                layer.lora_A[name] = RoundedLinear.of(down)
-                layer.lora_B[name] = RoundedLinear.of(layer.lora_B[name])
+        [name] = layer.lora_A
+        layer.__class__ = FusedLora
+        layer.cast_input_dtype_enabled = False
+        for matrices in (layer.lora_A, layer.lora_B):
+            assert matrices[name].bias is None, "LoRA without biases"
+            matrices[name] = RoundedLinear.of(matrices[name])
+        if isinstance(layer.lora_dropout[name], nn.Dropout):
+            layer.lora_dropout[name] = SparseDropout(layer.lora_dropout[name].p)
 
 
-def _variants(layer: Any) -> bool:
+def _has_variants(layer: Any) -> bool:
     return bool(getattr(layer, "lora_variant", None)) or any(getattr(layer, "use_dora", {}).values())
