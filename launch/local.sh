@@ -39,9 +39,13 @@ stop() {
     exit 130
   fi
   echo "Stopping after this step, with a checkpoint. Once more ends at once." >&2
-  ask_to_stop "$launcher_pid"
+  ask_to_stop "$launcher_pid" "$1"
 }
-trap stop INT TERM HUP USR1
+trap 'stop Ctrl-C' INT
+for signal in TERM HUP USR1; do
+  # shellcheck disable=SC2064 # the name is of now
+  trap "stop SIG$signal" "$signal"
+done
 
 wait_for "$launcher_pid"
 [ "$requests" -eq 0 ] || stop_asking

@@ -15,7 +15,7 @@ from vl_dist.data.lengths import HeaderReader, measure
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
-from vl_dist.evaluate.decode import generate
+from vl_dist.evaluate.decode import generate, length_batches
 from vl_dist.evaluate.held_out import evaluate, group_questions, read_frequency
 from vl_dist.evaluate.scores import cider_d, tokenize
 from vl_dist.run.distributed import Ranks, evaluating
@@ -59,8 +59,10 @@ def test_batched_answers_equal_those_of_each_prompt_alone(
     stop_ids = list(collator.encoder.stop_ids)
     alone = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=stop_ids, pad_token_id=0)
     with evaluating(model):
-        batches = generate(base, collator, SEVEN, batch_size=batch_size, max_new_tokens=6, pad_id=0)
-        found = dict(pair for batch in batches for pair in batch)
+        lengths = [collator.prompt(example)[0].num_tokens for example in SEVEN]
+        batches = length_batches(lengths, batch_size)
+        answers = generate(base, collator, SEVEN, batches, max_new_tokens=6, pad_id=0)
+        found = dict(pair for batch in answers for pair in batch)
         for n, example in enumerate(SEVEN):
             encoded, pixels = collator.prompt(example)
             ids = torch.from_numpy(encoded.input_ids)[None]

@@ -14,6 +14,7 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalG
 from vl_dist.data.images import PatchShape
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend, register
+from vl_dist.model.quiet import without_bars
 from vl_dist.model.tower import PatchProjection
 from vl_dist.settings import LoraSettings
 
@@ -82,12 +83,13 @@ def load_base(directory: Path, dtype: torch.dtype, backend: Backend) -> Qwen2VLF
         UserError: the weights are missing or of another model.
     """
     try:
-        base, found = Qwen2VLForConditionalGeneration.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation={"text_config": "eager" if backend == "eager" else register(), "vision_config": "sdpa"},
-            output_loading_info=True,
-        )
+        with without_bars():
+            base, found = Qwen2VLForConditionalGeneration.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation={"text_config": "eager" if backend == "eager" else register(), "vision_config": "sdpa"},
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The model in {directory} cannot be loaded: {error}") from None
     if found["missing_keys"]:

@@ -22,6 +22,7 @@ from vl_dist.run.checkpoint import Restored, restore
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import Engine, make_engine
+from vl_dist.run.files import WANDB_RUN
 from vl_dist.run.late import LateFaults
 from vl_dist.run.launched import Launch
 from vl_dist.run.metrics import Record
@@ -66,6 +67,7 @@ class Run:
     best: BestCheckpoint
     flops: FlopCounter
     first_step: int  # steps done before
+    first_epoch: float  # passes over the training records done before
 
 
 def prepare(config: Config, session: Session, start: directory.Start) -> Run:
@@ -77,7 +79,9 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
     ranks, console = session.ranks, session.console
     if config.shapes is not None:
         shapes = config.shapes
-        ranks.on_main(lambda: make_shapes(shapes))
+        made = ranks.on_main(lambda: make_shapes(shapes))
+        if made is not None:
+            console.say(made)
     model_dir = ranks.on_main(lambda: find_model(config.model))
     processor = load_processor(model_dir)
     with console.measuring() as on_progress:
@@ -95,6 +99,7 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         os.environ,
         held_out=data.held_out,
         first_step=first_step,
+        known_run=_wandb_run(config, restored, start),
         is_main=ranks.is_main,
         say=console.say,
     )
@@ -116,7 +121,17 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         best=BestCheckpoint(config.run.output_dir, config.eval.best_metric, is_main=ranks.is_main),
         flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
         first_step=first_step,
+        first_epoch=restored.state.epoch if restored is not None else 0.0,
     )
+
+
+def _wandb_run(config: Config, restored: Restored | None, start: directory.Start) -> str | None:
+    """The id on W&B that the checkpoint knows; None if it is of a run that goes on having its own directory."""
+    if restored is None or start.checkpoint is None:
+        return None
+    its_directory = start.checkpoint.absolute().parent.parent
+    is_ours = its_directory.resolve() == config.run.output_dir.resolve()
+    return restored.state.wandb_run if is_ours or not (its_directory / WANDB_RUN).is_file() else None
 
 
 def _model(
