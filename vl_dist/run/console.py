@@ -194,7 +194,9 @@ class RunConsole:
         """A nested bar for one evaluation: call what it gives with questions done and in all."""
         task = self._progress.add_task("evaluating", total=None)
         try:
-            yield lambda done, total: self._progress.moved(task, name="captioning", done=done, total=max(1, total))
+            yield lambda done, total: self._progress.update(
+                task, description="captioning", completed=done, total=max(1, total), refresh=True
+            )
         finally:
             self._progress.remove_task(task)
             self._progress.refresh()

@@ -66,9 +66,9 @@ class Bars(Progress):
         )
         self._drawn = -SECONDS_BETWEEN_DRAWINGS
 
-    def moved(self, task_id: TaskID, *, done: int, total: int | None = None, name: str | None = None) -> None:
-        """How far something is; drawn now and then."""
-        self.update(task_id, completed=done, total=total, description=name)
+    def moved(self, task_id: TaskID, *, done: int) -> None:
+        """How far something is that moves often; drawn now and then."""
+        self.update(task_id, completed=done)
         now = time.monotonic()
         if now - self._drawn >= SECONDS_BETWEEN_DRAWINGS:
             self._drawn = now
