@@ -86,7 +86,7 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
             row |= meter.row()
             run.console.row(row, num_steps)
         if evaluated:
-            scores = evaluate_now(run, done, stop)
+            scores = evaluate_now(run, done, stop.between_batches)
             stopping = scores is None
             row |= scores or ({} if logged else meter.row())
         if logged or evaluated:

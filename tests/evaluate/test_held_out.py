@@ -78,6 +78,34 @@ def test_batched_answers_equal_those_of_each_prompt_alone(
             assert found[n] == expected[: len(found[n])]
 
 
+def test_batches_are_neighbours_in_length_the_longest_first_and_each_prompt_once() -> None:
+    lengths = [5, 90, 7, 90, 6, 30, 5]
+    assert length_batches(lengths, 3) == [[1, 3, 5], [2, 4, 0], [6]]
+    assert length_batches([], 3) == []
+
+
+def test_an_evaluation_that_is_to_stop_ends_between_two_batches(
+    tiny_model: Path, collator: Collator, photos: Path, shape: PatchShape, processor: Any
+) -> None:
+    from accelerate import Accelerator
+
+    lengths = measure(SEVEN, collator.encoder, HeaderReader(photos, collator.budget, shape))
+    model = packed_model(tiny_model)
+    done: list[int] = []
+    found = evaluate(
+        model,
+        LoadedData(SEVEN, lengths, collator),
+        Ranks(Accelerator(cpu=True)),
+        EvalConfig(batch_size=2, max_new_tokens=3),
+        tokenizer=processor.tokenizer,
+        max_tokens=150,
+        on_progress=lambda now, total: done.append(now),
+        stopping=lambda: 4 in done,
+    )
+    assert found is None and done == [0, 2, 4]
+    assert model.training, "the mode is as it was"
+
+
 def test_an_evaluation_gives_the_mean_loss_and_a_sample_for_each_question(
     tiny_model: Path, collator: Collator, photos: Path, shape: PatchShape, processor: Any
 ) -> None:

@@ -120,8 +120,8 @@ def test_a_whole_run_keeps_to_the_width_and_says_what_one_wants_to_know(tmp_path
     words = [
         f"shapes.dir={data}", "shapes.num_train=12", "shapes.num_eval=4", f"model.path={data}/model", "run.cpu_threads=1",
         f"data.train={data}/records.jsonl", f"data.eval={data}/eval.jsonl", "data.num_workers=0", "optim.max_steps=4",
-        "batch.examples_per_step=4", "eval.max_new_tokens=4", "eval.batch_size=3", "eval.every_steps=2", "log.every_steps=1",
-        "log.peak_tflops=1", f"run.output_dir={run}",
+        "batch.examples_per_step=4", "eval.max_new_tokens=4", "eval.batch_size=3", "eval.every_steps=2",
+        "log.every_steps=1", "log.peak_tflops=1", f"run.output_dir={run}",
     ]  # fmt: skip
     assert run_ranks(train_on_a_terminal, words, width, world_size=1, log=log) == [0], log.read_text()[-3000:]
     lines = re.split(r"[\r\n]+", CONTROL.sub("", log.read_text()))

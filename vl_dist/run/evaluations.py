@@ -4,6 +4,8 @@ A request to stop does not wait for an evaluation, which ends between two batche
 goes on.
 """
 
+from collections.abc import Callable
+
 from vl_dist.evaluate.held_out import evaluate, write_samples
 from vl_dist.run.interrupt import StopRequest
 from vl_dist.run.metrics import scores_of
@@ -31,7 +33,8 @@ def evaluate_what_is_missing(run: Run, stop: StopRequest) -> bool:
     row = run.ranks.on_main(lambda: run.record.row(step))
     if not is_evaluated(run, step) or (row is None and step > 0) or (row is not None and scores_of(row)):
         return True
-    scores = evaluate_now(run, step, stop)
+    # Signals and STOP do cut it, a time limit does not: one that is shorter would keep the run from ever making a step.
+    scores = evaluate_now(run, step, lambda: stop.reason is not None)
     if scores is None:
         return False
     whole = (row or {"step": step, "epoch": run.first_epoch}) | scores
@@ -42,8 +45,8 @@ def evaluate_what_is_missing(run: Run, stop: StopRequest) -> bool:
     return True
 
 
-def evaluate_now(run: Run, step: int, stop: StopRequest) -> dict[str, float] | None:
-    """The scores of the held-out records; None if there was a request to stop meanwhile (all ranks)."""
+def evaluate_now(run: Run, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+    """The scores of the held-out records; None if a rank was to stop meanwhile (all ranks)."""
     assert run.data.held_out is not None
     with run.engine.whole_model(), run.console.captioning() as show:
 
@@ -60,7 +63,7 @@ def evaluate_now(run: Run, step: int, stop: StopRequest) -> dict[str, float] | N
             max_tokens=run.config.batch.max_tokens_per_pack,
             frequency=run.frequency,
             on_progress=on_progress,
-            stopping=stop.between_batches,
+            stopping=stopping,
         )
     if evaluation is None:
         return None
