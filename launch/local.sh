@@ -38,7 +38,9 @@ stop() {
     "$python" -c "$end_everything" "$launcher_pid"
     exit 130
   fi
-  echo "Stopping after this step, with a checkpoint. Once more ends at once." >&2
+  local told="Stopping after this step, with a checkpoint. Once more ends at once."
+  [ ! -t 2 ] || told=$'\n'"$told"$'\n\n' # the run draws its bars over the last three lines of a terminal
+  echo "$told" >&2
   ask_to_stop "$launcher_pid" "$1"
 }
 trap 'stop Ctrl-C' INT
