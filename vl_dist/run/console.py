@@ -130,7 +130,7 @@ class RunConsole:
             ("plan", describe_plan(config, plan, data.train.lengths, ranks, first_step=first_step)),
             ("devices", describe_devices(ranks)),
             ("engine", launch.describe(str(model.base_dtype).removeprefix("torch."))),
-            ("settings", describe_settings(config)),
+            ("recipe", describe_settings(config)),
             ("W&B", resolved(config.log.wandb, wandb)),
             ("output", str(config.run.output_dir)),
         ]
