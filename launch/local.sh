@@ -44,10 +44,9 @@ stop() {
   ask_to_stop "$launcher_pid" "$1"
 }
 trap 'stop Ctrl-C' INT
-for signal in TERM HUP USR1; do
-  # shellcheck disable=SC2064 # the name is of now
-  trap "stop SIG$signal" "$signal"
-done
+trap 'stop SIGTERM' TERM
+trap 'stop SIGHUP' HUP
+trap 'stop SIGUSR1' USR1
 
 wait_for "$launcher_pid"
 [ "$requests" -eq 0 ] || stop_asking
