@@ -32,6 +32,7 @@ with suppress(NoSuchProcess):
 '
 
 requests=0
+# shellcheck disable=SC2317 # the traps below call it
 stop() {
   requests=$((requests + 1))
   if [ "$requests" -gt 1 ]; then
