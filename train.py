@@ -14,7 +14,6 @@ from vl_dist.config import help_text, load, split_words
 from vl_dist.data.collate import Batch
 from vl_dist.data.loader import StepPacks, load_steps, timed
 from vl_dist.errors import SharedError, UserError
-from vl_dist.evaluate.held_out import evaluate, write_samples
 from vl_dist.model.packed import out_of_memory_named
 from vl_dist.run import directory
 from vl_dist.run.alive import Watch
@@ -22,6 +21,7 @@ from vl_dist.run.best import choose_final, newest_adapter
 from vl_dist.run.checkpoint import TrainState, try_save
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks, launched_rank, seed_dropout
+from vl_dist.run.evaluations import evaluate_now, evaluate_what_is_missing, is_due, is_evaluated
 from vl_dist.run.export import export_adapter
 from vl_dist.run.interrupt import StopRequest, TimeLimit
 from vl_dist.run.launched import read_launch
@@ -59,8 +59,8 @@ def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Te
 def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
     """Steps from where the run stands to its end, or to a request to stop (all ranks)."""
     config, ranks, num_steps = run.config, run.ranks, run.plan.num_steps
-    if run.first_step == 0 and run.data.held_out is not None:
-        write_row(run, evaluate_now(run, 0, {"step": 0, "epoch": 0.0}))
+    if not evaluate_what_is_missing(run, stop):
+        return save_and_stop(run, run.first_step, run.first_epoch, stop)
     peak_flops = ranks.peak_flops(config.log.peak_tflops)
     meter = Meter(ranks, run.flops, peak_flops=peak_flops, compiled=config.run.compile)
     for (share, dropped), waited_s in timed(ranks.together_noting(remaining_steps(run), lambda share: share.dropped)):
@@ -72,6 +72,8 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         seed_dropout(config.run.seed, share.step.number, ranks.rank)
         losses, grad_norm = train_step(share.packs, run)
         skipped = None if grad_norm is not None else run.nonfinite.met(done, share.packs, losses)
+        if skipped is not None:
+            run.tracking.alert("A step was skipped", skipped)
         ending.step = done
         meter.add(share.packs, losses, grad_norm, waited_s)
         run.record.ledger(share.step, dropped, skipped=skipped)
@@ -83,26 +85,26 @@ def train(run: Run, stop: StopRequest, ending: Ending) -> Outcome:
         row: dict[str, Any] = {"step": done, "epoch": share.step.epochs_done, "train/lr": lr} | part_rates(
             config.optim, factor
         )
+        evaluated = not stopping and is_evaluated(run, done)
         logged = is_last or stopping or is_due(done, config.log.every_steps)
-        evaluated = is_last or is_due(done, config.eval.every_steps)
         if logged:
             row |= meter.row()
             run.console.row(row, num_steps)
         if evaluated:
-            row = evaluate_now(run, done, row)
+            scores = evaluate_now(run, done, stop.between_batches)
+            stopping = scores is None
+            row |= scores or ({} if logged else meter.row())
         if logged or evaluated:
             write_row(run, row)
+        if stopping:
+            return save_and_stop(run, done, share.step.epochs_done, stop)
         is_best = evaluated and ranks.any(run.best.improves(row))
         failure = None
-        if is_last or stopping or is_best or is_due(done, config.checkpoint.every_steps):
+        if is_last or is_best or is_due(done, config.checkpoint.every_steps):
             with stop.saving():
                 failure = save(run, done, share.step.epochs_done)
         if is_best and failure is None:
             run.tracking.adapter(run.best.move(row), done, ("best",))
-        if stopping and failure is not None:
-            raise SharedError(f"Stopped as asked, but step {done} has no checkpoint: {failure}. The last one still stands.")
-        if stopping:
-            return Outcome(STOPPED, f"stopped by {stop.reason or 'another rank'}; start again to go on", done)
     return Outcome(FINISHED, "finished", num_steps)
 
 
@@ -126,43 +128,22 @@ def remaining_steps(run: Run) -> Iterator[StepPacks]:
         run.watch.doing(f"loading after step {share.step.number + 1}")
 
 
-def is_due(step: int, every_steps: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
-    return every_steps is not None and step % every_steps == 0
-
-
 def write_row(run: Run, row: dict[str, Any]) -> None:
     """A row of metrics.jsonl, on disk when this returns; trackers get it in their own time (main process)."""
     run.record.metrics(row)
     run.tracking.log(row)
 
 
-def evaluate_now(run: Run, step: int, row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the scores of the held-out records, if there are any (all ranks)."""
-    if run.data.held_out is None:
-        return row
-    show = run.console.evaluation_progress()
+def save_and_stop(run: Run, step: int, epoch: float, stop: StopRequest) -> Outcome:
+    """The end on request (all ranks).
 
-    def on_progress(done: int, total: int) -> None:
-        run.watch.doing(f"captioning after step {step}, {done} of {total}")
-        show(done, total)
-
-    with run.engine.whole_model():
-        evaluation = evaluate(
-            run.model,
-            run.data.held_out,
-            run.ranks,
-            run.config.eval,
-            tokenizer=run.processor.tokenizer,
-            max_tokens=run.config.batch.max_tokens_per_pack,
-            frequency=run.frequency,
-            on_progress=on_progress,
-        )
-    if run.ranks.is_main:
-        write_samples(run.config.run.output_dir / "samples", step, evaluation.samples)
-    run.tracking.samples(step, evaluation.samples)
-    run.console.evaluation(f"held-out captions after step {step}", evaluation)
-    return row | evaluation.scores
+    Raises:
+        SharedError: the disk does not take the checkpoint.
+    """
+    failure = save(run, step, epoch)
+    if failure is not None:
+        raise SharedError(f"Stopped as asked, but step {step} has no checkpoint: {failure}. The last one still stands.")
+    return Outcome(STOPPED, f"stopped by {stop.reason or 'another rank'}; start again to go on", step)
 
 
 def save(run: Run, step: int, epoch: float) -> str | None:
@@ -173,7 +154,14 @@ def save(run: Run, step: int, epoch: float) -> str | None:
     def write() -> str | None:
         assert trained is not None, "the main process has all weights"
         data, skipped = run.data.train.fingerprint, run.nonfinite.num_skipped
-        state = TrainState(step=step, num_steps=run.plan.num_steps, epoch=epoch, data=data, skipped=skipped)
+        state = TrainState(
+            step=step,
+            num_steps=run.plan.num_steps,
+            epoch=epoch,
+            data=data,
+            skipped=skipped,
+            wandb_run=run.tracking.wandb_run,
+        )
         root = run.config.run.output_dir / "checkpoints"
         return try_save(root, run.model, trained, state, keep=run.config.checkpoint.keep)
 
@@ -221,9 +209,10 @@ def run_once(config: Config, ending: Ending) -> Outcome:
         run.model,
         run.targets,
         launch,
-        num_steps=run.plan.num_steps,
+        plan=run.plan,
         first_step=run.first_step,
         ranks=ranks,
+        wandb=wandb,
     )
     ending.step, ending.training, ending.watch, ending.tracking = run.first_step, True, watch, run.tracking
     with console, run.tracking, stop.deferred(), watch, run.features:
@@ -236,7 +225,7 @@ def run_once(config: Config, ending: Ending) -> Outcome:
     ranks.wait()
     if ranks.is_main:
         Watch.remove(config.run.output_dir)
-    console.end(outcome.code == FINISHED, outcome.reason, config.run.output_dir)
+    console.end(outcome.code == FINISHED, outcome.reason, config)
     ranks.close()
     return outcome
 

@@ -5,6 +5,8 @@ python=${PYTHON:-python}
 # On a CPU: threads that wait must sleep. Spinning ones take the cores from loader workers and from other programs, and a
 # step then takes ten times as long.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# What the launchers set by themselves, with a warning about it; on a CPU each rank then takes its share of the cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 fail() {
   echo "$1" >&2
@@ -35,13 +37,15 @@ forget_outcome() {
   rm -f "$output_dir/outcome.json" || exit 2
 }
 
-# ask_to_stop PID: the STOP file, again and again while PID lives: a run that is only just starting removes one it finds.
+# ask_to_stop PID REASON: the STOP file, again and again while PID lives: a run that is only just starting removes one it
+# finds. What stands in it is what the run gives as its reason.
 ask_to_stop() {
   mkdir -p "$output_dir"
+  local reason=$2
   (
     trap '' INT TERM HUP USR1
     while kill -0 "$1" 2>/dev/null; do
-      touch "$output_dir/STOP"
+      [ -e "$output_dir/STOP" ] || echo "$reason" >"$output_dir/STOP"
       sleep 1
     done
   ) &

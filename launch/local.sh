@@ -32,16 +32,22 @@ with suppress(NoSuchProcess):
 '
 
 requests=0
+# shellcheck disable=SC2317 # the traps below call it
 stop() {
   requests=$((requests + 1))
   if [ "$requests" -gt 1 ]; then
     "$python" -c "$end_everything" "$launcher_pid"
     exit 130
   fi
-  echo "Stopping after this step, with a checkpoint. Once more ends at once." >&2
-  ask_to_stop "$launcher_pid"
+  local told="Stopping after this step, with a checkpoint. Once more ends at once."
+  [ ! -t 2 ] || told=$'\n'"$told"$'\n\n' # the run draws its bars over the last three lines of a terminal
+  echo "$told" >&2
+  ask_to_stop "$launcher_pid" "$1"
 }
-trap stop INT TERM HUP USR1
+trap 'stop Ctrl-C' INT
+trap 'stop SIGTERM' TERM
+trap 'stop SIGHUP' HUP
+trap 'stop SIGUSR1' USR1
 
 wait_for "$launcher_pid"
 [ "$requests" -eq 0 ] || stop_asking

@@ -28,6 +28,16 @@ def digest(directory: Path) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+def test_what_is_made_is_said_and_what_gave_way_to_it(tmp_path: Path) -> None:
+    directory = tmp_path / "shapes"
+    first = make_shapes(ShapesConfig(dir=directory, num_train=3, num_eval=1))
+    assert first == f"Made 4 drawings and the tiny model in {directory}."
+    assert make_shapes(ShapesConfig(dir=directory, num_train=3, num_eval=1)) is None
+    again = make_shapes(ShapesConfig(dir=directory, num_train=3, num_eval=2))
+    assert again is not None and "\n" not in again
+    assert again.endswith("in place of those that were there: shapes.num_eval was 1.")
+
+
 def test_no_caption_fits_two_drawings_and_each_names_every_attribute() -> None:
     drawings = all_drawings()
     captions = [caption for drawing in drawings for caption in drawing.captions]

@@ -127,16 +127,20 @@ def _ring(count: int, radii: list[float]) -> list[tuple[float, float]]:
     ]
 
 
-def make_shapes(settings: ShapesConfig) -> None:
+def make_shapes(settings: ShapesConfig) -> str | None:
     """Drawings, records and the tiny model under `settings.dir`, unless these very ones are there already.
+
+    Returns:
+        What was made, and why others gave way to it; None if nothing was.
 
     Raises:
         UserError: more drawings are asked for than there are combinations.
     """
     wanted = {"seed": settings.seed, "num_train": settings.num_train, "num_eval": settings.num_eval, "version": 1}
     marker = settings.dir / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == wanted | {"complete": True}:
-        return
+    before = json.loads(marker.read_text()) if marker.is_file() else {}
+    if before == wanted | {"complete": True}:
+        return None
     if not marker.is_file() and settings.dir.is_dir() and any(settings.dir.iterdir()):
         raise UserError(f"shapes.dir is {settings.dir}, which holds other files. Give a new or an empty directory.")
     drawings = all_drawings()
@@ -157,6 +161,15 @@ def make_shapes(settings: ShapesConfig) -> None:
     _write_records(settings.dir, "eval.jsonl", held_out, rng)
     make_tiny_model(settings.dir / "model", _tokenizer_texts(), seed=settings.seed)
     marker.write_text(json.dumps(wanted | {"complete": True}))
+    return _what_was_made(settings, wanted, before)
+
+
+def _what_was_made(settings: ShapesConfig, wanted: dict[str, int], before: dict[str, int]) -> str:
+    made = f"Made {settings.num_train + settings.num_eval:,} drawings and the tiny model in {settings.dir}"
+    others = [f"shapes.{name} was {before[name]}" for name in wanted if before.get(name, wanted[name]) != wanted[name]]
+    if not before.get("complete") or not others:
+        return f"{made}."
+    return f"{made}, in place of those that were there: {', '.join(others)}."
 
 
 def _write_records(directory: Path, name: str, drawings: list[Drawing], rng: np.random.Generator) -> None:

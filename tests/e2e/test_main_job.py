@@ -367,8 +367,9 @@ def test_every_request_to_stop_ends_with_code_85_and_a_whole_checkpoint_in_time(
         assert (stop.by, stop.code, stop.stop_file_left) == (stop.by, STOPPED, False)
         assert stop.outcome is not None
         assert (stop.outcome["code"], stop.outcome["step"]) == (STOPPED, stop.checkpoint), stop
-        assert stop.outcome["reason"]
-        assert 0 < stop.checkpoint < NUM_STEPS
+        reason = "SIGTERM" if "SIGTERM" in stop.by else "Ctrl-C" if "Ctrl-C" in stop.by else "STOP"
+        assert reason in stop.outcome["reason"]
+        assert 0 <= stop.checkpoint < NUM_STEPS  # 0: while held-out records were captioned before the first step
 
 
 def test_a_killed_trainer_is_no_orderly_end(disturbed: Disturbed) -> None:

@@ -15,7 +15,7 @@ from vl_dist.data.lengths import HeaderReader, measure
 from vl_dist.data.loader import LoadedData
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
-from vl_dist.evaluate.decode import generate
+from vl_dist.evaluate.decode import generate, length_batches
 from vl_dist.evaluate.held_out import evaluate, group_questions, read_frequency
 from vl_dist.evaluate.scores import cider_d, tokenize
 from vl_dist.run.distributed import Ranks, evaluating
@@ -59,8 +59,10 @@ def test_batched_answers_equal_those_of_each_prompt_alone(
     stop_ids = list(collator.encoder.stop_ids)
     alone = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=stop_ids, pad_token_id=0)
     with evaluating(model):
-        batches = generate(base, collator, SEVEN, batch_size=batch_size, max_new_tokens=6, pad_id=0)
-        found = dict(pair for batch in batches for pair in batch)
+        lengths = [collator.prompt(example)[0].num_tokens for example in SEVEN]
+        batches = length_batches(lengths, batch_size)
+        answers = generate(base, collator, SEVEN, batches, max_new_tokens=6, pad_id=0)
+        found = dict(pair for batch in answers for pair in batch)
         for n, example in enumerate(SEVEN):
             encoded, pixels = collator.prompt(example)
             ids = torch.from_numpy(encoded.input_ids)[None]
@@ -74,6 +76,34 @@ def test_batched_answers_equal_those_of_each_prompt_alone(
             )
             expected = [t for t in output[0, ids.shape[1] :].tolist() if t not in stop_ids]
             assert found[n] == expected[: len(found[n])]
+
+
+def test_batches_are_neighbours_in_length_the_longest_first_and_each_prompt_once() -> None:
+    lengths = [5, 90, 7, 90, 6, 30, 5]
+    assert length_batches(lengths, 3) == [[1, 3, 5], [2, 4, 0], [6]]
+    assert length_batches([], 3) == []
+
+
+def test_an_evaluation_that_is_to_stop_ends_between_two_batches(
+    tiny_model: Path, collator: Collator, photos: Path, shape: PatchShape, processor: Any
+) -> None:
+    from accelerate import Accelerator
+
+    lengths = measure(SEVEN, collator.encoder, HeaderReader(photos, collator.budget, shape))
+    model = packed_model(tiny_model)
+    done: list[int] = []
+    found = evaluate(
+        model,
+        LoadedData(SEVEN, lengths, collator),
+        Ranks(Accelerator(cpu=True)),
+        EvalConfig(batch_size=2, max_new_tokens=3),
+        tokenizer=processor.tokenizer,
+        max_tokens=150,
+        on_progress=lambda now, total: done.append(now),
+        stopping=lambda: 4 in done,
+    )
+    assert found is None and done == [0, 2, 4]
+    assert model.training, "the mode is as it was"
 
 
 def test_an_evaluation_gives_the_mean_loss_and_a_sample_for_each_question(

@@ -107,6 +107,7 @@ def test_the_command_needs_no_weights_and_prints_all_tables(
         "rank skew",
         "useful operations",
         "tokens of an example",
+        "MiB on one GPU",
         "data parallel",
         "ZeRO 3",
         "one checkpoint",
@@ -140,3 +141,25 @@ def test_a_number_of_gpus_that_is_none_is_refused(capsys: pytest.CaptureFixture[
 def test_the_step_figures_need_no_torch() -> None:
     code = "import sys, vl_dist.forecast.steps; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_how_often_an_epoch_has_each_file_and_why_zero_3_needs_more_on_one_gpu(
+    tmp_path: Path, tiny_model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "COCO Yes:"}]
+    for name, count in (("a", 6), ("b", 4)):
+        rows = [
+            {"id": f"{name}{n}", "messages": [{"role": "user", "content": content}], "answers": ["A cat."]}
+            for n in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = f"data.train=[{tmp_path}/a.jsonl,{{path: {tmp_path}/b.jsonl, weight: 2.5}}]"
+    words = [f"model.path={tiny_model}", files, f"data.image_root={photos}", "data.max_pixels=20000", "data.eval=null"]
+    words += ["batch.examples_per_step=4", "shapes=null", "optim.num_epochs=1", "optim.max_steps=null"]
+    assert main(["plan", *words]) == 0
+    shown = capsys.readouterr().out
+    joined = " ".join(shown.replace("│", " ").split())
+    assert "6 x 1" in joined and "4 x 2.5" in joined
+    assert "steps 4 of 4 examples; 4 an epoch" in joined  # of 6 and 10 examples
+    assert "ZeRO 3 needs more than data parallel here" in joined
+    assert max(map(len, shown.splitlines())) <= 80

@@ -31,7 +31,7 @@ def test_a_signal_in_the_loop_asks_and_before_it_interrupts(tmp_path: Path, numb
     with stop.deferred():
         assert stop.reason is None
         os.kill(os.getpid(), number)
-        assert stop.reason == number.name
+        assert stop.reason == ("Ctrl-C" if number == signal.SIGINT else number.name)
 
 
 def test_a_second_ctrl_c_is_left_to_the_system(tmp_path: Path) -> None:
@@ -51,6 +51,17 @@ def test_the_stop_file_is_seen_by_the_rank_that_watches_and_goes_when_honoured(t
         assert "STOP" in str(stop.reason)
         assert other.reason is None
     assert not (tmp_path / "STOP").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [("Ctrl-C\n", "Ctrl-C"), ("x" * 200 + "\nmore", "x" * 80), (" \n", "the file "), ("", "the file ")],
+)
+def test_what_stands_in_the_stop_file_is_the_reason(tmp_path: Path, written: str, reason: str) -> None:
+    stop = StopRequest(tmp_path, watch_file=True)
+    with stop.deferred():
+        (tmp_path / "STOP").write_text(written)
+        assert str(stop.reason).startswith(reason) and len(str(stop.reason)) <= max(80, len(str(tmp_path)) + 20)
 
 
 class Clock:
@@ -89,3 +100,23 @@ def test_a_time_limit_is_a_reason_to_stop(tmp_path: Path) -> None:
     clock.passes(3)
     stop.after_step()
     assert stop.reason == "run.max_time"
+
+
+def test_an_evaluation_goes_on_until_the_time_limit_leaves_a_save_only(tmp_path: Path) -> None:
+    clock = Clock()
+    stop = StopRequest(tmp_path, watch_file=True, limit=TimeLimit(20.0, used_s=0.0, clock=clock))
+    with stop.saving():
+        clock.passes(3)
+    assert not stop.between_batches()
+    clock.passes(13)
+    assert not stop.between_batches() and stop.reason is None  # 4 seconds are left
+    clock.passes(2)
+    assert stop.between_batches() and stop.reason == "run.max_time"
+
+
+def test_a_request_ends_an_evaluation_without_any_time_limit(tmp_path: Path) -> None:
+    stop = StopRequest(tmp_path, watch_file=True)
+    with stop.deferred():
+        assert not stop.between_batches()
+        (tmp_path / "STOP").touch()
+        assert stop.between_batches()

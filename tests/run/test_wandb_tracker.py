@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.run.wandb_files import WandbFile, read_starts
 from vl_dist.errors import UserError
 from vl_dist.evaluate.held_out import Sample
 from vl_dist.run.tracking import ShownSample
-from vl_dist.run.wandb_tracker import COLUMNS, WandbTracker, run_id, wandb_mode
+from vl_dist.run.wandb_tracker import COLUMNS, WandbTracker, read_run_id, run_id, wandb_mode
 from vl_dist.settings import LogConfig
 
 
@@ -45,9 +46,16 @@ def test_what_is_asked_for_and_not_there_is_said_before_training(tmp_path: Path,
 
 
 def test_the_id_is_kept_until_another_run_takes_the_place(tmp_path: Path) -> None:
-    first = run_id(tmp_path, anew=False)
-    assert run_id(tmp_path, anew=False) == first == json.loads((tmp_path / "wandb_run.json").read_text())["id"]
-    assert run_id(tmp_path, anew=True) != first
+    first = run_id(tmp_path, known=None, anew=False)
+    assert run_id(tmp_path, known="other", anew=False) == first == read_run_id(tmp_path)
+    assert json.loads((tmp_path / "wandb_run.json").read_text()) == {"id": first}
+    second = run_id(tmp_path, known=None, anew=True)
+    assert second != first and read_run_id(tmp_path) == second
+
+
+def test_where_only_a_checkpoint_is_left_its_id_is_the_runs(tmp_path: Path) -> None:
+    assert read_run_id(tmp_path) is None
+    assert run_id(tmp_path, known="4f00ba12", anew=False) == "4f00ba12" == read_run_id(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +70,11 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> list[WandbFile]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_SERVICE"):
             patch.delenv(name, raising=False)
+        patch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.5")  # seconds; 15 unless told
         for steps, change in (((1, 2), None), ((2, 3), 0.5)):
             log = LogConfig(wandb_project="shapes", wandb_group="night", wandb_tags=("a", "b"))
             settings = {"optim": {"lr": 0.1}, "run": {"output_dir": str(run)}}
-            tracker = WandbTracker(run, log, mode="offline", settings=settings, anew=False, say=print)
+            tracker = WandbTracker(run, log, mode="offline", settings=settings, run_id="4f00ba12", say=print)
             tracker.start()
             for step in steps:
                 tracker.log({"step": step, "train/loss": 1.0 / step, "perf/mfu": None})
@@ -73,6 +82,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> list[WandbFile]:
             tracker.samples(steps[-1], [shown])
             tracker.adapter(checkpoint, steps[-1], ("best",))
             tracker.alert("title", "text")
+            time.sleep(1.2)  # for the machine to be measured
             tracker.finish(85)
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
             assert Path(os.environ.pop(name)).is_relative_to(run)
@@ -80,11 +90,21 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> list[WandbFile]:
 
 
 def test_both_starts_are_one_run_with_its_settings_group_and_tags(starts: list[WandbFile]) -> None:
-    assert len(starts) == 2 and starts[0].run.run_id == starts[1].run.run_id
+    assert len(starts) == 2 and starts[0].run.run_id == starts[1].run.run_id == "4f00ba12"
     run = starts[0].run
     assert (run.project, run.run_group, list(run.tags)) == ("shapes", "night", ["a", "b"])
     assert starts[0].config["optim"] == {"lr": 0.1}
     assert [end.exit_code for start in starts for end in start.of("exit")] == [85, 85]
+
+
+def test_alerts_are_there(starts: list[WandbFile]) -> None:
+    assert [[(one.title, one.text) for one in start.of("alert")] for start in starts] == [[("title", "text")]] * 2
+
+
+def test_memory_and_processor_are_measured_all_the_time(starts: list[WandbFile]) -> None:
+    for start in starts:
+        measured = {item.key for stats in start.of("stats") for item in stats.item}
+        assert {"memory_percent", "cpu", "proc.memory.rssMB"} <= measured
 
 
 def test_curves_go_by_our_own_steps(starts: list[WandbFile]) -> None:

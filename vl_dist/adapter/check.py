@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from vl_dist.adapter import vllm
+from vl_dist.adapter.contract import read_contract
 from vl_dist.adapter.load import STEPS, LoadedAdapter, load
 from vl_dist.errors import UserError
 
@@ -36,7 +37,13 @@ class Report:
 
 
 def check_adapter(directory: Path, *, base_dir: Path | None, device: torch.device | None = None) -> Report:
-    """Every check, from the cheapest to the dearest; after one of the adapter itself that fails, no other is reached."""
+    """Every check, from the cheapest to the dearest; after one of the adapter itself that fails, no other is reached.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    if not directory.is_dir():
+        read_contract(directory)  # says so; there is nothing to make a table of
     checks: list[Check] = []
     try:
         adapter = load(

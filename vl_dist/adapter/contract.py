@@ -73,6 +73,8 @@ def read_contract(adapter: Path) -> AdapterContract:
         UserError: not an adapter directory of ours, or its metadata is damaged.
     """
     path = adapter / METADATA
+    if not adapter.is_dir():
+        raise UserError(f"There is no directory {adapter}. Give the adapter/ directory that a run of train.py left.")
     if not path.is_file():
         raise UserError(f"{adapter} has no {METADATA}. Give the adapter/ directory that a run of train.py left.")
     try:

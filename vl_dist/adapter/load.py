@@ -1,8 +1,7 @@
 """An adapter ready for use, after everything its contract says was found to hold."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from peft import PeftModel
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from vl_dist.adapter.base_files import fingerprint
 from vl_dist.adapter.contract import AdapterContract, read_contract, refuse_changed_files
@@ -142,8 +140,7 @@ def _dtype(contract: AdapterContract, device: torch.device) -> torch.dtype:
 
 
 def _load_model(directory: Path, base_dir: Path, dtype: torch.dtype) -> PeftModel:
-    with without_bars():
-        base = load_base(base_dir, dtype, "sdpa")
+    base = load_base(base_dir, dtype, "sdpa")
     try:
         model = load_adapter(base, directory)
         weights = load_peft_weights(str(directory), device="cpu")
@@ -159,18 +156,6 @@ def _load_model(directory: Path, base_dir: Path, dtype: torch.dtype) -> PeftMode
     if broken is not None:
         raise UserError(f"The adapter's {broken} in {directory} holds values that are no numbers. Take another checkpoint.")
     return model
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Transformers shows a bar even where standard error is a file, between the lines of a command."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _describe_weights(directory: Path) -> str:

@@ -14,10 +14,11 @@ from transformers import GenerationConfig
 
 from vl_dist.adapter.base_files import num_weight_bytes, stored_dtype
 from vl_dist.adapter.contract import read_contract
-from vl_dist.adapter.load import LoadedAdapter, find_base, load, without_bars
+from vl_dist.adapter.load import LoadedAdapter, find_base, load
 from vl_dist.adapter.probe import distance, next_logits, tolerance
 from vl_dist.errors import UserError
 from vl_dist.file_modes import give_usual_mode
+from vl_dist.model.quiet import without_bars
 
 ROOM_BESIDE_WEIGHTS = 64 * 2**20  # bytes: a real tokenizer's files and the configuration, with room to spare
 

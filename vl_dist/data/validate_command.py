@@ -37,11 +37,13 @@ def validate(config: Config, *, out: Path | None, decode: bool) -> None:
     Raises:
         UserError: nothing to train on, or too many bad records (the report is written before), or it cannot be written.
     """
+    console = Console(highlight=False)
     if config.shapes is not None:
         from vl_dist.shapes import make_shapes  # needs torch, which is slow to import
 
-        make_shapes(config.shapes)
-    console = Console(highlight=False)
+        made = make_shapes(config.shapes)
+        if made is not None:
+            console.print(Text(made), soft_wrap=True)
     with _progress(console) as progress:
         tasks: dict[str, TaskID] = {}
 

@@ -97,6 +97,7 @@ def _evaluate_on(ranks: "Ranks", arguments: argparse.Namespace) -> None:
     from vl_dist.evaluate.records import Job, evaluate_records, write_samples
 
     def read() -> Job:
+        """What is asked for, as far as it can be checked without a model."""
         contract = read_contract(arguments.adapter)
         if arguments.samples is not None and not arguments.samples.absolute().parent.is_dir():
             raise UserError(f"There is no folder for the samples {arguments.samples}; give another --samples.")
@@ -128,11 +129,12 @@ def _write_scores(found: "Evaluation", *, as_json: bool) -> None:
         row = {"scores": scores, "prompts": num_prompts, "references": num_references}
         sys.stdout.write(json.dumps(row) + "\n")
         return
-    table = Table("score", "value", caption=f"{num_prompts:,} prompts, {num_references:,} references")
+    table = Table("score", "value")
     table.columns[1].justify = "right"
     for name, value in scores.items():
         table.add_row(name, f"{value:.4f}")
     Console(highlight=False).print(table)
+    sys.stdout.write(f"{num_prompts:,} prompts, {num_references:,} references\n")
 
 
 def _write(answer: "Answered", *, as_json: bool) -> None:

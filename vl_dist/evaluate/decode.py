@@ -1,7 +1,7 @@
 """Greedy captions: left-padded batches of prompts of similar length, with the KV cache."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,25 +14,40 @@ from vl_dist.data.records import Example
 from vl_dist.errors import UserError
 
 
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of prompts in batches of neighbours in length, the longest first: what does not fit shows at once.
+
+    The same for any number of ranks: a caption does not depend on how many there are.
+    """
+    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def generate(
-    base: Any, collator: Collator, prompts: Sequence[Example], *, batch_size: int, max_new_tokens: int, pad_id: int
+    base: Any,
+    collator: Collator,
+    prompts: Sequence[Example],
+    batches: Iterable[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    pad_id: int,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Answers batch by batch, as they come: (index of the prompt, new token ids without the end token).
 
     Args:
         base: Qwen2-VL with the adapter's layers in it, in evaluation mode.
-        prompts: examples whose answers are not looked at, in any order; batches are made of neighbours in length.
+        prompts: examples whose answers are not looked at.
+        batches: which prompts are answered together; an empty one gives an empty list.
         max_new_tokens: longest answer.
         pad_id: what shorter prompts are padded with on the left.
 
     Raises:
         UserError: an image cannot be used.
     """
-    for start in range(0, len(prompts), batch_size):
-        chosen = range(start, min(start + batch_size, len(prompts)))
+    for chosen in batches:
         made = [collator.prompt(prompts[n]) for n in chosen]
         stop_ids = collator.encoder.stop_ids
-        answers = answer_batch(base, made, stop_ids=stop_ids, max_new_tokens=max_new_tokens, pad_id=pad_id)
+        answers = answer_batch(base, made, stop_ids=stop_ids, max_new_tokens=max_new_tokens, pad_id=pad_id) if made else []
         yield list(zip(chosen, answers, strict=True))
 
 

@@ -70,7 +70,7 @@ def evaluate_records(job: Job, ranks: Ranks, on_progress: Callable[[int, int], N
         return adapter, _measured(rows, adapter, job)
 
     adapter, data = ranks.each(prepare)
-    return evaluate(
+    found = evaluate(
         PackedModel(adapter.model, "sdpa"),
         data,
         ranks,
@@ -79,6 +79,8 @@ def evaluate_records(job: Job, ranks: Ranks, on_progress: Callable[[int, int], N
         max_tokens=max(TOKENS_PER_PACK, int(data.lengths.tokens.max())),
         on_progress=on_progress,
     )
+    assert found is not None, "nothing asks it to stop"
+    return found
 
 
 def write_samples(path: Path, samples: tuple[Sample, ...]) -> None:

@@ -29,6 +29,7 @@ class Forecast:
 
     config: Config
     world_size: int
+    made: str | None  # of the embedded default's data, if any was
     data: RunData
     plan: Plan
     figures: StepFigures
@@ -48,8 +49,7 @@ def make_forecast(config: Config, *, world_size: int, on_progress: Progress) -> 
     Raises:
         UserError: as training would, but for what only the weights can show.
     """
-    if config.shapes is not None:
-        make_shapes(config.shapes)
+    made = make_shapes(config.shapes) if config.shapes is not None else None
     model_dir = find_model(config.model, weights=False)
     processor = load_processor(model_dir)
     shape = patch_shape(model_dir, processor)
@@ -78,6 +78,7 @@ def make_forecast(config: Config, *, world_size: int, on_progress: Progress) -> 
     return Forecast(
         config=config,
         world_size=world_size,
+        made=made,
         data=data,
         plan=plan,
         figures=figures,

@@ -2,19 +2,24 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from vl_dist.data.examples import Examples
 from vl_dist.forecast.forecast import Forecast
 from vl_dist.forecast.memory import GIB
 from vl_dist.forecast.steps import histogram
 
+SMALL = 0.1  # GiB; below it all memory is in MiB
 NUM_BINS, BAR_WIDTH = 16, 40
 NAMES = {0: "data parallel", 1: "ZeRO 1", 2: "ZeRO 2", 3: "ZeRO 3"}
 
 
 def tables(found: Forecast) -> Iterator[Table | Text]:
     """All tables, with what their numbers mean."""
+    if found.made is not None:
+        yield Text(found.made)
     yield _steps(found)
     yield Text(
         f"Means over {found.figures.num_measured:,} steps of the first epoch. A useful operation is one that the adapter's "
@@ -29,6 +34,11 @@ def tables(found: Forecast) -> Iterator[Table | Text]:
         f"model.recompute={found.config.model.recompute} keeps; working are logits and the widest gradients. CUDA's own "
         "context, the allocator's waste and communication buffers come on top.\n"
     )
+    if found.memory[3].total > found.memory[0].total:
+        yield Text(
+            f"ZeRO 3 needs more than data parallel here: beside its share on {found.world_size} GPU"
+            f"{'s' if found.world_size > 1 else ''}, the largest weight and a layer are whole while they are used.\n"
+        )
     yield _disk(found)
     yield from (Text(f"Note: {note}.") for note in (*found.data.notes, *found.notes))
 
@@ -40,6 +50,7 @@ def _steps(found: Forecast) -> Table:
     rows = {
         "examples": f"{len(found.data.train.examples):,} in {len(found.data.groups):,} groups; "
         f"{len(found.data.bad):,} rows left out",
+        **_weights(found),
         "steps": f"{plan.num_steps:,} of {plan.examples_per_step} examples; {epochs} an epoch",
         "tokens a step": f"{figures.tokens:,.0f}, of them {figures.targets:,.0f} targets; {figures.images:,.1f} images",
         "packs": f"{figures.packs_per_rank:,.2f} a rank and step, {figures.fillers:,.2f} fillers a step",
@@ -48,6 +59,17 @@ def _steps(found: Forecast) -> Table:
         "useful operations": f"{per_step:,.4g} TFLOP a step, {per_step * plan.num_steps / 1e3:,.4g} PFLOP in all",
     }
     return _table(f"plan on {found.world_size} GPU{'s' if found.world_size > 1 else ''}", rows)
+
+
+def _weights(found: Forecast) -> dict[str, str]:
+    """How often an epoch has each file's examples, where that is not once."""
+    files, examples = found.config.data.train, found.data.train.examples
+    if all(file.weight == 1 for file in files):
+        return {}
+    assert isinstance(examples, Examples)
+    counts = np.bincount(examples.file_numbers(), minlength=len(files))
+    each = [f"{file.path}: {count:,} x {file.weight:g}" for file, count in zip(files, counts.tolist(), strict=True)]
+    return {"an epoch has": "\n".join(each)}
 
 
 def _lengths(found: Forecast) -> Table:
@@ -61,10 +83,12 @@ def _lengths(found: Forecast) -> Table:
 
 
 def _memory(found: Forecast) -> Table:
-    table = Table("GiB on one GPU", "weights", "adapter", "activations", "working", "total")
+    largest = max(memory.total for memory in found.memory.values())
+    unit, size = ("GiB", GIB) if largest >= SMALL * GIB else ("MiB", GIB / 1024)
+    table = Table(f"{unit} on one GPU", "weights", "adapter", "activations", "working", "total")
     for stage, memory in found.memory.items():
         parts = (memory.weights, memory.lora, memory.activations, memory.working, memory.total)
-        table.add_row(NAMES[stage], *(f"{part / GIB:.3g}" for part in parts))
+        table.add_row(NAMES[stage], *(f"{part / size:.3g}" for part in parts))
     return table
 
 

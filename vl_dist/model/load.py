@@ -12,6 +12,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig, GenerationConfig, Qw
 from vl_dist.data.images import PatchShape
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend, register
+from vl_dist.model.quiet import without_bars
 from vl_dist.model.tower import PatchProjection
 
 NOT_IN_4_BITS = ["model.visual", "lm_head"]  # a tower in 4 bits sees worse, and the head is the embedding
@@ -118,13 +119,14 @@ def load_base(
     if four_bits_on is not None:
         quantized = {"quantization_config": four_bits(dtype), "device_map": {"": four_bits_on}}
     try:
-        base, found = Qwen2VLForConditionalGeneration.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation={"text_config": "eager" if backend == "eager" else register(), "vision_config": "sdpa"},
-            output_loading_info=True,
-            **quantized,
-        )
+        with without_bars():
+            base, found = Qwen2VLForConditionalGeneration.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation={"text_config": "eager" if backend == "eager" else register(), "vision_config": "sdpa"},
+                output_loading_info=True,
+                **quantized,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The model in {directory} cannot be loaded: {error}") from None
     if found["missing_keys"]:

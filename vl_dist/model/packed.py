@@ -74,6 +74,11 @@ class PackedModel(nn.Module):
         dtype: torch.dtype = self._base.lm_head.weight.dtype
         return dtype
 
+    @property
+    def attention(self) -> Backend:
+        """What computes it."""
+        return self._backend
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Cross entropy summed over the pack's targets: a float32 scalar; 0 with gradient 0 if there is none."""
         logits = self.target_logits(batch).float()

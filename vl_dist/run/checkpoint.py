@@ -46,6 +46,7 @@ class TrainState:
     epoch: float  # passes over the training records done
     data: str  # fingerprint of the training examples
     skipped: int = 0  # of the steps, those that the optimizer did not take
+    wandb_run: str | None = None  # the run's id on W&B
     format: int = 1
 
     @property

@@ -13,6 +13,8 @@ import psutil
 from vl_dist.durations import duration_s
 
 STOP_FILE = "STOP"
+LONGEST_REASON = 80  # characters of it
+NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C"}  # of signals, as a person calls them; others have their own
 
 
 class TimeLimit:
@@ -54,11 +56,22 @@ class TimeLimit:
         now = self._clock()
         self._longest_step_s = max(self._longest_step_s, now - self._step_began)
         self._step_began = now
-        return now + self._longest_step_s + (self._longest_save_s or self._longest_step_s) >= self._end
+        return now + self._longest_step_s + self._save_s >= self._end
+
+    def reached_between_batches(self) -> bool:
+        """Whether no more than a save is left, while held-out records are evaluated."""
+        return self._clock() + self._save_s >= self._end
+
+    @property
+    def _save_s(self) -> float:
+        return self._longest_save_s or self._longest_step_s
 
 
 class StopRequest:
-    """Set by a signal or by the STOP file; read once a step. A second Ctrl-C ends the process at once."""
+    """Set by a signal or by the STOP file; read once a step, and between batches of an evaluation.
+
+    A second Ctrl-C ends the process at once.
+    """
 
     def __init__(self, output_dir: Path, *, watch_file: bool, limit: TimeLimit | None = None) -> None:
         """
@@ -96,6 +109,12 @@ class StopRequest:
         if self._limit is not None and self._limit.reached_after_step() and self._reason is None:
             self._reason = "run.max_time"
 
+    def between_batches(self) -> bool:
+        """Whether an evaluation is to be cut short: this rank wants to stop, or its limit leaves time for a save only."""
+        if self._limit is not None and self.reason is None and self._limit.reached_between_batches():
+            self._reason = "run.max_time"
+        return self.reason is not None
+
     def saving(self) -> AbstractContextManager[None]:
         """Surrounds a save, for the time limit to know how long one takes."""
         return self._limit.saving() if self._limit is not None else contextlib.nullcontext()
@@ -104,11 +123,19 @@ class StopRequest:
     def reason(self) -> str | None:
         """Why this rank wants to stop; None as long as it does not."""
         if self._reason is None and self._watch_file and self._file.exists():
-            self._reason = f"the file {self._file}"
+            self._reason = self._asked_by()
         return self._reason
 
+    def _asked_by(self) -> str:
+        """What stands in the file, as launch/ writes it; else the file itself."""
+        try:
+            text = self._file.read_text(errors="replace").strip()
+        except OSError:  # gone again, or a directory
+            text = ""
+        return text.splitlines()[0][:LONGEST_REASON] if text else f"the file {self._file}"
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._reason = signal.Signals(number).name
+        self._reason = NAMES.get(number, signal.Signals(number).name)
         if not self._in_loop:
             raise KeyboardInterrupt(self._reason)
         if number == signal.SIGINT:

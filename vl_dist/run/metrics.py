@@ -43,6 +43,13 @@ class JsonLines:
         """All rows so far."""
         return [json.loads(line) for line in _complete_lines(self._path)]
 
+    def replace_last(self, row: dict[str, Any]) -> None:
+        """Another row in place of the last one."""
+        lines = [*list(_complete_lines(self._path))[:-1], json.dumps(row, ensure_ascii=False)]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        temporary.replace(self._path)
+
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row."""
         with self._path.open("a") as file:
@@ -100,6 +107,20 @@ class Record:
     def metrics(self, row: dict[str, Any]) -> None:
         """One row of metrics.jsonl."""
         if self._is_main:
+            self._metrics.write(row)
+
+    def row(self, step: int) -> dict[str, Any] | None:
+        """The row of metrics.jsonl of the step that training goes on from; None if it has none. Main process only."""
+        rows = self._metrics.rows()
+        return rows[-1] if rows and rows[-1]["step"] == step else None
+
+    def complete(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl, in place of the one of the same step if there is one."""
+        if not self._is_main:
+            return
+        if self.row(row["step"]) is not None:
+            self._metrics.replace_last(row)
+        else:
             self._metrics.write(row)
 
     def ledger(self, step: Step, dropped: Sequence[Dropped], *, skipped: str | None = None) -> None:

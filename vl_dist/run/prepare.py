@@ -27,6 +27,7 @@ from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import Engine, make_engine
 from vl_dist.run.features import fill_while_training
+from vl_dist.run.files import WANDB_RUN
 from vl_dist.run.late import LateFaults
 from vl_dist.run.launched import Launch
 from vl_dist.run.metrics import Record
@@ -73,6 +74,7 @@ class Run:
     flops: FlopCounter
     features: AbstractContextManager[Any]  # fills the feature cache, if there is one
     first_step: int  # steps done before
+    first_epoch: float  # passes over the training records done before
 
 
 def prepare(config: Config, session: Session, start: directory.Start) -> Run:
@@ -84,7 +86,9 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
     ranks, console = session.ranks, session.console
     if config.shapes is not None:
         shapes = config.shapes
-        ranks.on_main(lambda: make_shapes(shapes))
+        made = ranks.on_main(lambda: make_shapes(shapes))
+        if made is not None:
+            console.say(made)
     model_dir = ranks.on_main(lambda: find_model(config.model))
     processor = load_processor(model_dir)
     with console.measuring() as on_progress:
@@ -107,6 +111,7 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         os.environ,
         held_out=data.held_out,
         first_step=first_step,
+        known_run=_wandb_run(config, restored, start),
         is_main=ranks.is_main,
         say=console.say,
     )
@@ -130,6 +135,7 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         flops=flops,
         features=features,
         first_step=first_step,
+        first_epoch=restored.state.epoch if restored is not None else 0.0,
     )
 
 
@@ -137,6 +143,15 @@ def _what_trains(config: Config, model_dir: Path) -> tuple[Targets, FlopCounter]
     """The layers that get LoRA, and what a step costs with them; before weights are paid for."""
     shape = read_shape(model_dir)
     return choose_targets(config.lora, linear_layers(shape)), FlopCounter(shape, lora_size(shape, config.lora))
+
+
+def _wandb_run(config: Config, restored: Restored | None, start: directory.Start) -> str | None:
+    """The id on W&B that the checkpoint knows; None if it is of a run that goes on having its own directory."""
+    if restored is None or start.checkpoint is None:
+        return None
+    its_directory = start.checkpoint.absolute().parent.parent
+    is_ours = its_directory.resolve() == config.run.output_dir.resolve()
+    return restored.state.wandb_run if is_ours or not (its_directory / WANDB_RUN).is_file() else None
 
 
 def _model(

@@ -11,7 +11,7 @@ from vl_dist.evaluate.held_out import Sample, last_scores
 from vl_dist.run.secrets import hide, refuse_secrets, secret_values
 from vl_dist.run.tensorboard_tracker import TensorBoardTracker, refuse_missing_tensorboard
 from vl_dist.run.tracking import Background, Tracker, Tracking
-from vl_dist.run.wandb_tracker import Mode, WandbTracker, wandb_mode
+from vl_dist.run.wandb_tracker import Mode, WandbTracker, read_run_id, run_id, wandb_mode
 from vl_dist.settings import Config
 
 THUMBNAIL = 256  # pixels of the longer side
@@ -36,6 +36,7 @@ def begin_tracking(
     *,
     held_out: LoadedData | None,
     first_step: int,
+    known_run: str | None,
     is_main: bool,
     say: Callable[[str], None],
 ) -> Tracking:
@@ -45,6 +46,7 @@ def begin_tracking(
         mode: of W&B, as `check_trackers` gave it.
         held_out: where samples have their images from.
         first_step: steps done before.
+        known_run: the run's id on W&B, as the checkpoint that training goes on from has it.
         say: tells the person.
     """
     if not is_main:
@@ -52,9 +54,10 @@ def begin_tracking(
     secrets = secret_values(env)
     settings, directory = hide(plain(config), secrets), config.run.output_dir
     found: list[Tracker] = []
+    number = known_run or read_run_id(directory)
     if mode != "off":
-        anew = config.run.resume == "never"
-        found.append(WandbTracker(directory, config.log, mode=mode, settings=settings, anew=anew, say=say))
+        number = run_id(directory, known=known_run, anew=config.run.resume == "never")
+        found.append(WandbTracker(directory, config.log, mode=mode, settings=settings, run_id=number, say=say))
     if config.log.tensorboard:
         found.append(TensorBoardTracker(directory, settings=settings, first_step=first_step))
     return Tracking(
@@ -63,6 +66,7 @@ def begin_tracking(
         picture=lambda sample: None if held_out is None else thumbnail(held_out, sample),
         last_scores=last_scores(directory / "samples", first_step),
         hide=lambda text: str(hide(text, secrets)),
+        wandb_run=number,
     )
 
 

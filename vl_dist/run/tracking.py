@@ -156,6 +156,7 @@ class Tracking:
     picture: Callable[[Sample], Image.Image | None] = lambda sample: None
     last_scores: dict[str, float] = field(default_factory=dict)  # by sample, of the evaluation before; fills itself
     hide: Callable[[str], str] = lambda text: text  # takes secrets out of a message
+    wandb_run: str | None = None  # the run's id on W&B, for its checkpoints
     code: int | None = None  # of the run's end; set by `end`
 
     def __enter__(self) -> "Tracking":

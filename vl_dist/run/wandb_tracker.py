@@ -63,17 +63,25 @@ def _key_in_netrc(env: Mapping[str, str]) -> bool:
         return False
 
 
-def run_id(output_dir: Path, *, anew: bool) -> str:
-    """The run's id on W&B: the one in the output directory, else a new one that is kept there before W&B hears of it.
+def read_run_id(output_dir: Path) -> str | None:
+    """The run's id on W&B that an output directory keeps; None if it keeps none."""
+    path = output_dir / WANDB_RUN
+    return str(json.loads(path.read_text())["id"]) if path.is_file() else None
+
+
+def run_id(output_dir: Path, *, known: str | None, anew: bool) -> str:
+    """The run's id on W&B: the one in the output directory, else a known or a new one, kept there before W&B hears of it.
 
     Args:
         output_dir: made already.
+        known: of the checkpoint that the run goes on from.
         anew: forget the one that is there: another run takes the directory's place.
     """
+    kept = read_run_id(output_dir)
+    if kept is not None and not anew:
+        return kept
+    made = known or secrets.token_hex(4)
     path = output_dir / WANDB_RUN
-    if path.is_file() and not anew:
-        return str(json.loads(path.read_text())["id"])
-    made = secrets.token_hex(4)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps({"id": made}) + "\n")
     temporary.replace(path)
@@ -92,21 +100,21 @@ class WandbTracker:
         *,
         mode: Literal["offline", "online"],
         settings: dict[str, Any],
-        anew: bool,
+        run_id: str,
         say: Callable[[str], None],
     ) -> None:
         """
         Args:
             output_dir: W&B's files go to the folder `wandb` in it.
             settings: of the whole run, plain and without secrets.
-            anew: do not go on with the run of a former start in this directory.
+            run_id: of the run there; one that is known goes on.
             say: tells the person.
         """
         self._output_dir = output_dir
         self._log = log
         self._mode = mode
         self._settings = settings
-        self._anew = anew
+        self._run_id = run_id
         self._say = say
         self._images: dict[str, Any] = {}
         self._wandb: Any = None  # the package, imported in the tracker's thread
@@ -120,7 +128,7 @@ class WandbTracker:
         import wandb
 
         self._wandb = wandb
-        number = run_id(self._output_dir, anew=self._anew)
+        number = self._run_id
         try:
             self._run = self._begin(self._mode, number)
         except wandb.errors.Error as error:
@@ -150,13 +158,13 @@ class WandbTracker:
                 silent=True,  # the console is this program's
                 console="off",
                 # Nothing of the machine and of the code but what is measured while training: paths, arguments, user names,
-                # git remotes and installed packages can hold what is nobody's business.
+                # git remotes and installed packages can hold what is nobody's business. Not x_disable_machine_info: it
+                # also switches off what is measured.
                 save_code=False,
                 disable_code=True,
                 disable_git=True,
                 disable_job_creation=True,
                 x_disable_meta=True,
-                x_disable_machine_info=True,
                 x_save_requirements=False,
             ),
             config=self._settings,
