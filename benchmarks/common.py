@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from rich.table import Table
 
 PACKAGES = (
     "torch", "torchvision", "transformers", "accelerate", "peft", "trl", "deepspeed", "datasets", "qwen-vl-utils", "wandb",
@@ -96,6 +97,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
     return {"median": median, "least": ordered[0], "most": ordered[-1]}
+
+
+def table_rows(table: Table) -> list[dict[str, str]]:
+    """What a table shows, for JSON."""
+    cells = [list(column.cells) for column in table.columns]
+    names = [str(column.header) for column in table.columns]
+    return [dict(zip(names, map(str, row), strict=True)) for row in zip(*cells, strict=True)]
 
 
 def judge(found: float, bound: float) -> str:

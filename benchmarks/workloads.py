@@ -24,11 +24,14 @@ from vl_dist.tiny import TinySize, make_processor, make_tokenizer, tiny_config
 CAPTIONS = 5  # of each COCO photograph
 END_TOKEN = "<|endoftext|>"  # as in the tutorial
 WORDS = ("red", "small", "wooden", "old", "bright", "surfer", "kitten", "rocket", "cup", "table", "beach", "garden")
+TEMPLATE_TEXTS = ("system\nYou are a helpful assistant.", "user\nCOCO Yes:", "assistant\n")
 SHORTEST, LONGEST = 100, 4096  # tokens of an example of the mixed workload
 PIXELS = SHAPE.factor  # along each side of what becomes one language-model token
 # Height and width in such units; the largest is below the 1,280 tokens at which Qwen2-VL's own processor shrinks.
-SIZES = ((7, 10), (10, 10), (10, 14), (15, 20), (20, 27), (30, 36))
-FRAME = 40  # tokens of the chat template and of the marks around images, generously
+SIZES = ((5, 6), (7, 10), (10, 10), (10, 14), (15, 20), (20, 27), (30, 36))
+NUM_SHOWN = (0, 1, 2, 1, 1, 3, 0, 1, 2, 1, 4, 0)  # photographs of an example, in turns
+FRAME = 20  # tokens of the chat template and of the answer's end
+MARKS = 2  # tokens around an image
 QUARTER = TinySize(
     hidden=384, layers=7, heads=6, key_value_heads=1, mlp=2240, tower_hidden=320, tower_layers=8, tower_heads=4,
     num_merges=400, weight_scale=0.02,
@@ -47,6 +50,7 @@ class Workload:
     size: TinySize  # of the model on a CPU
     vocabulary: int  # of the model on a CPU
     model_note: str  # the model on a CPU, in words
+    texts: tuple[str, ...]  # that the tokenizer is trained on, beside the template's
     num_compared: int  # first examples that gradients are compared on
     pack_tokens: int  # most tokens of our packs
     examples_per_step: int  # of ours with packing
@@ -69,6 +73,7 @@ def coco(home: Path, *, quick: bool, on_gpu: bool) -> Workload:
         size=TINY if quick else QUARTER,
         vocabulary=QUARTER_VOCABULARY,
         model_note="tiny" if quick else "a quarter as wide and as deep",
+        texts=(*WORDS, CAPTION),
         num_compared=4 * CAPTIONS,
         pack_tokens=16384 if on_gpu else 4096,
         examples_per_step=160 if on_gpu else 20,
@@ -87,6 +92,7 @@ def mixed(home: Path, *, quick: bool, on_gpu: bool) -> Workload:
         size=TINY if quick else replace(QUARTER, layers=4, tower_layers=4),
         vocabulary=QUARTER_VOCABULARY * 4 // 7,
         model_note="tiny" if quick else "a quarter as wide, an eighth as deep",
+        texts=(*WORDS, *(f" {word}" for word in WORDS)),  # every word one token
         num_compared=8,
         pack_tokens=2 * LONGEST if on_gpu else LONGEST,
         examples_per_step=32 if on_gpu else 8,
@@ -101,18 +107,18 @@ WORKLOADS = {"coco": coco, "mixed": mixed}
 def mixed_examples(home: Path, count: int, *, longest: int = LONGEST, seed: int = 0) -> list[Example]:
     """Examples whose lengths cover 100 to `longest` tokens evenly on a logarithmic scale, in random order.
 
-    A quarter is text alone, a third has several photographs.
+    At least a quarter is text alone; up to a third has several photographs, as far as they fit.
     """
     rng = np.random.default_rng(seed)
     places = (np.arange(count) + rng.random(count)) / count
     lengths = SHORTEST * (longest / SHORTEST) ** places
     lengths[[0, -1]] = SHORTEST, longest  # both ends are there, however few examples
+    shown = rng.permutation(np.resize(NUM_SHOWN, count)).tolist()
     examples = []
     for n, tokens in enumerate(rng.permutation(lengths).astype(int).tolist()):
-        wanted = int(rng.choice([0, 1, 1, 1, 1, 2, 2, 3, 4, 0, 1, 0]))
-        sizes = _sizes_within(wanted, tokens - FRAME - 20, rng)
+        sizes = _sizes_within(shown[n], tokens - FRAME - 20, rng)
         names = sized_photographs(home, sizes, prefix=f"{n:03d}-")
-        room = tokens - FRAME - sum(rows * columns for rows, columns in sizes)
+        room = tokens - FRAME - sum(rows * columns + MARKS for rows, columns in sizes)
         answer = int(min(room - 5, math.exp(rng.uniform(math.log(12), math.log(400)))))
         parts: tuple[Part, ...] = (*map(ImagePart, names), TextPart(_text(room - answer, rng)))
         examples.append(Example(f"mixed-{n:03d}", (Message("user", parts),), _text(answer, rng)))
@@ -133,8 +139,7 @@ def sized_photographs(home: Path, sizes: list[tuple[int, int]], *, prefix: str) 
 
 def make_model(directory: Path, workload: Workload, *, on_gpu: bool) -> None:
     """Random weights in the workload's size, or the 2B's own on a GPU, and processor files."""
-    words = [*WORDS, "system\nYou are a helpful assistant.", "user\nCOCO Yes:", "assistant\n", CAPTION]
-    tokenizer = make_tokenizer(words * 3, num_merges=workload.size.num_merges)
+    tokenizer = make_tokenizer([*workload.texts, *TEMPLATE_TEXTS] * 3, num_merges=workload.size.num_merges)
     config = tiny_config(tokenizer, workload.size)
     if on_gpu:  # the 2B itself, but for the ids of the special tokens
         ids = {name: value for name, value in config.to_dict().items() if name.endswith("_token_id")}
@@ -159,12 +164,12 @@ def _sizes_within(wanted: int, room: int, rng: np.random.Generator) -> list[tupl
     """At most so many photographs that fit into so many tokens together."""
     sizes: list[tuple[int, int]] = []
     for _ in range(wanted):
-        fitting = [size for size in SIZES if size[0] * size[1] <= room]
+        fitting = [size for size in SIZES if size[0] * size[1] + MARKS <= room]
         if not fitting:
             break
         # The larger half of what fits: photographs should make up a good part of a long example.
         sizes.append(fitting[int(rng.integers(len(fitting) // 2, len(fitting)))])
-        room -= sizes[-1][0] * sizes[-1][1]
+        room -= sizes[-1][0] * sizes[-1][1] + MARKS
     return sizes
 
 
