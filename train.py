@@ -44,6 +44,7 @@ def train_step(packs: Sequence[Batch], run: Run) -> tuple[torch.Tensor, torch.Te
     own_targets = sum(pack.num_targets for pack in packs)
     targets = ranks.sum(torch.tensor(float(own_targets), device=ranks.device)).clamp(min=1.0)
     losses = []
+    engine.begin_step(packs)
     for n, pack in enumerate(packs):
         with engine.gradient_sync(last=n == len(packs) - 1), out_of_memory_named(pack):
             loss = engine(pack.to(ranks.device))  # summed over the pack's targets
@@ -214,7 +215,7 @@ def run_once(config: Config, ending: Ending) -> Outcome:
         run.config, run.data, run.model, launch, num_steps=run.plan.num_steps, first_step=run.first_step, ranks=ranks
     )
     ending.step, ending.training, ending.watch, ending.tracking = run.first_step, True, watch, run.tracking
-    with console, run.tracking, stop.deferred(), watch:
+    with console, run.tracking, stop.deferred(), watch, run.features:
         outcome = train(run, stop, ending)
         if outcome.code == FINISHED:
             export(run, outcome.step)

@@ -1,11 +1,15 @@
 """Seven ragged examples over real photographs, and models to run them through."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from vl_dist.data.collate import Collator
+from vl_dist.data.features import FeatureReader, write_shard
 from vl_dist.data.records import Example, ImagePart, Message, TextPart
 from vl_dist.model.attention import Backend
+from vl_dist.model.features import feature_space
 from vl_dist.model.load import attach_lora, load_base
 from vl_dist.model.packed import PackedModel
 from vl_dist.settings import LoraSettings
@@ -48,6 +52,28 @@ def packed_model(
         for parameter in model.lora_parameters.values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model.train()
+
+
+def cached_collator(collator: Collator, model: PackedModel, names: Sequence[str], root: Path) -> Collator:
+    """The collator reading a cache that holds the features of these images of its first folder alone.
+
+    Args:
+        root: the cache; not opened yet in what is returned, so that it can be sent to other processes.
+    """
+    space = feature_space(model, collator.pictures.image_processor)
+    directory = root / space.key
+    directory.mkdir(parents=True)
+
+    def reading() -> Collator:
+        return collator.reading(FeatureReader(directory, width=space.width, dtype=space.dtype))
+
+    kept: list[tuple[str, torch.Tensor]] = []
+    for name in names:
+        pack = reading().pack_images([(0, name, None)])
+        with torch.no_grad():
+            kept.append((pack.image_keys[0], model.image_features(pack)))
+    write_shard(directory, kept)
+    return reading()
 
 
 def gradients(model: PackedModel) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from vl_dist.errors import UserError
 from vl_dist.evaluate.command import add_commands as add_inference_commands
 from vl_dist.forecast.command import add_command as add_plan
 from vl_dist.report.command import add_command as add_report
+from vl_dist.run.cache_command import add_command as add_cache
 
 
 def main(words: Sequence[str]) -> int:
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add_adapter_commands(commands)
     add_prepare(commands)
     add_plan(commands)
+    add_cache(commands)
     add_report(commands)
     return parser
 

@@ -39,6 +39,12 @@ class ModelConfig:
         "document by document; eager: one dense mask over a pack",
         trains=False,
     )
+    feature_cache: Path | None = key(
+        None,
+        "folder that keeps what the frozen vision tower makes of each image, filled while training or ahead by "
+        "`python -m vl_dist cache`; null: images go through the tower in every step",
+        trains=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

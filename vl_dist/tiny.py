@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from vl_dist.file_modes import give_usual_mode
+
 # Qwen2-VL's special tokens, in the order of its ids from 151643 on.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -96,6 +98,7 @@ def make_tiny_model(directory: Path, texts: Iterable[str], *, seed: int, size: T
         model = Qwen2VLForConditionalGeneration(config)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
+    give_usual_mode(*directory.glob("*.safetensors"))
     make_processor(tokenizer).save_pretrained(directory)
 
 

@@ -52,11 +52,13 @@ class Case:
     num_packs: int
     clipping: float | None
     dtype: torch.dtype = torch.float32
+    cached: bool = False  # some images' features come from the cache
 
     @property
     def name(self) -> str:
         clipped = "" if self.clipping is None else "-clipped"
-        return f"{self.engine}-{self.num_packs}{clipped}{'' if self.dtype == torch.float32 else '-bf16'}"
+        rounded = "" if self.dtype == torch.float32 else "-bf16"
+        return f"{self.engine}-{self.num_packs}{clipped}{rounded}{'-cached' if self.cached else ''}"
 
 
 def cases() -> Iterator[Case]:
@@ -64,6 +66,8 @@ def cases() -> Iterator[Case]:
         yield Case(engine, num_packs, clipping)
     for engine in ENGINES:
         yield Case(engine, 3, 0.5, torch.bfloat16)
+    for engine in ("plain", "zero3"):
+        yield Case(engine, 3, None, cached=True)
 
 
 @dataclass
@@ -108,8 +112,13 @@ def take_steps(case: Case, ranks: Ranks, engine: Recorded, collator: Collator) -
     engine.found |= {"loss": torch.stack(losses), "norm": torch.stack(norms), "rate": torch.tensor(rates)}
 
 
-def all_cases(tiny_model: str, collator: Collator, out: str) -> None:
-    """Every engine in turn in this process group (all ranks); rank 0 writes what each found."""
+def all_cases(tiny_model: str, collator: Collator, cached: Collator, out: str) -> None:
+    """Every engine in turn in this process group (all ranks); rank 0 writes what each found.
+
+    Args:
+        cached: finds the features of some images, so that in a step one rank needs the tower and the other does not, and
+            in the last step none does.
+    """
     for case in cases():
         AcceleratorState._reset_state(reset_partial_state=True)
         for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_CONFIG_DS_FIELDS"):
@@ -123,7 +132,7 @@ def all_cases(tiny_model: str, collator: Collator, out: str) -> None:
         ranks = Ranks.start(launch, cpu_threads=1)
         model = packed_model(Path(tiny_model), dtype=case.dtype)
         engine = Recorded(make_engine(model, ranks, config.optim, launch), model)
-        take_steps(case, ranks, engine, collator)
+        take_steps(case, ranks, engine, cached if case.cached else collator)
         trained = engine.trained()
         if trained is not None:
             engine.found |= {f"weight.{name}": tensor for name, tensor in trained.weights.items()}

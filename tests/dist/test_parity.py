@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.dist.stepping import CLIPPINGS, Case, all_cases, cases, reference
-from tests.examples import assert_close
+from tests.examples import assert_close, cached_collator, packed_model
 from tests.processes import run_ranks
 from vl_dist.data.collate import Collator
 
@@ -19,11 +19,12 @@ ROUNDED = [case for case in cases() if case.dtype == torch.bfloat16]
 def found(tiny_model: Path, photo_collator: Collator, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """What each case gave, by number of ranks."""
     home = tmp_path_factory.mktemp("parity")
+    cached = cached_collator(photo_collator, packed_model(tiny_model), ("rocket.jpg", "cat.jpg", "flower.jpg"), home)
     for world_size in (1, 2):
         out = home / str(world_size)
         out.mkdir()
         log = home / f"{world_size}.log"
-        arguments = (str(tiny_model), photo_collator, str(out))
+        arguments = (str(tiny_model), photo_collator, cached, str(out))
         codes = run_ranks(all_cases, *arguments, world_size=world_size, log=log, config_file="zero1.yaml")
         assert codes == [0] * world_size, log.read_text()[-3000:]
     return {world_size: home / str(world_size) for world_size in (1, 2)}

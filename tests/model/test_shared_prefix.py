@@ -142,13 +142,13 @@ def test_the_isolation_test_sees_branches_that_leak(
         test_a_branch_reaches_itself_alone_and_a_trunk_all_its_branches(tiny_model, collator, "sdpa")
     with pytest.raises(AssertionError):
         test_a_group_longer_than_a_pack_repeats_its_trunk_and_changes_nothing(
-            tiny_model, collator, collator._roots[0], collator.shape
+            tiny_model, collator, collator.pictures.roots[0], collator.shape
         )
 
 
 def test_a_bad_image_takes_all_examples_of_its_document_and_no_other(collator: Collator, tmp_path: Path) -> None:
     gone = [replace(example, prompt=SEVEN[0].prompt) for example in GROUPS[0]]
-    collator._roots = (collator._roots[0], tmp_path)
+    collator.pictures.roots = (collator.pictures.roots[0], tmp_path)
     batch = collator.pack_documents([[replace(example, file=1) for example in gone], GROUPS[1]])
     assert [one.id for one in batch.dropped] == [example.id for example in gone]
     assert batch.example_ids == tuple(example.id for example in GROUPS[1])

@@ -17,6 +17,7 @@ from vl_dist.adapter.contract import read_contract
 from vl_dist.adapter.load import LoadedAdapter, find_base, load, without_bars
 from vl_dist.adapter.probe import distance, next_logits, tolerance
 from vl_dist.errors import UserError
+from vl_dist.file_modes import give_usual_mode
 
 ROOM_BESIDE_WEIGHTS = 64 * 2**20  # bytes: a real tokenizer's files and the configuration, with room to spare
 
@@ -61,6 +62,7 @@ def merge(
         merged.generation_config = generation_config(adapter)
         with without_bars():
             merged.save_pretrained(temporary, max_shard_size=shard_size)
+        give_usual_mode(*temporary.glob("*.safetensors"))
         adapter.processor.save_pretrained(temporary)
         temporary.replace(out)
     except (OSError, ValueError, SafetensorError) as error:  # safetensors wraps what the system says

@@ -14,6 +14,7 @@ Legend: T tokens of the pack, D documents, N targets, V image tokens, I distinct
 of a patch.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,25 +26,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vl_dist.data.encode import Encoded, Encoder
-from vl_dist.data.image_files import DEFAULT_LIMITS, ImageLimits, load_image, resolve_path
-from vl_dist.data.images import (
-    Grid,
-    ImageError,
-    PatchShape,
-    PixelBudget,
-    grid_of,
-    grid_of_resized,
-    named,
-    patches_of,
-    resize_image,
-    within,
-)
+from vl_dist.data.features import FeatureReader
+from vl_dist.data.image_files import DEFAULT_LIMITS, ImageLimits
+from vl_dist.data.images import Grid, PatchShape, PixelBudget
 from vl_dist.data.lengths import Dropped
-from vl_dist.data.positions import mrope_positions, patch_positions
+from vl_dist.data.pictures import ImageKey, ImageTensors, Picture, PictureLoader, features_first, image_keys
+from vl_dist.data.positions import mrope_positions
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
-
-ImageKey = tuple[int, str, int | None]  # record file, path, bound on the area
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +63,8 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """One pack: a row of documents that do not see each other, the last of which may be padding.
+class Batch(ImageTensors):
+    """One pack: its distinct images, and a row of documents that do not see each other, the last of which may be padding.
 
     A filler is all padding: no example, no target, no image.
     """
@@ -87,15 +77,10 @@ class Batch:
     target_ids: torch.Tensor  # [N] int64
     document_ends: torch.Tensor  # [D + 1] int32: 0, then where each document ends, padding included
     image_rows: torch.Tensor  # [V] int64, rows that image features replace
-    feature_rows: torch.Tensor  # [V] int64, which of the features of all images each of them gets
-    pixel_values: torch.Tensor  # [P, C] float32
-    patch_positions: torch.Tensor  # [2, P] int64, row and column of each patch in its image
-    image_ends: torch.Tensor  # [I + 1] int32: 0, then where the patches of each image end
-    image_grids: torch.Tensor  # [I, 3] int64: temporal, rows, columns in patches
+    feature_rows: torch.Tensor  # [V] int64, which feature each of them gets: those of the cache come before the tower's
     example_ids: tuple[str, ...]
     num_padding: int  # tokens at the end that belong to no example
     documents: tuple[DocumentSize, ...]  # without padding
-    image_patches: tuple[int, ...]  # patches of each image
     dropped: tuple[Dropped, ...] = ()  # examples that are not in it because an image went bad since it was planned
 
     @property
@@ -115,7 +100,12 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        """I; known on the host."""
+        """Distinct images, cached ones included; known on the host."""
+        return self.num_cached_images + self.num_encoded_images
+
+    @property
+    def num_encoded_images(self) -> int:
+        """I: those that need the tower; known on the host."""
         return len(self.image_grids)
 
     @property
@@ -132,8 +122,8 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Any) -> "Batch":
-        values = (getattr(self, item.name) for item in fields(self))
-        return Batch(*(change(value) if isinstance(value, torch.Tensor) else value for value in values))
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Batch(**{n: change(value) if isinstance(value, torch.Tensor) else value for n, value in values.items()})
 
 
 class Collator:
@@ -160,11 +150,16 @@ class Collator:
         self.encoder = encoder
         self.budget = budget
         self.shape = shape
-        self._image_processor = image_processor
-        self._roots = tuple(roots)
-        self._limits = limits
-        temporal = image_processor.temporal_patch_size
-        self._patch_values = 3 * temporal * shape.patch_size**2
+        self.pictures = PictureLoader(image_processor, roots=roots, budget=budget, shape=shape, limits=limits)
+
+    def reading(self, reader: FeatureReader) -> "Collator":
+        """The same, but images whose features are there are not decoded."""
+        own = self.pictures
+        changed = copy.copy(self)
+        changed.pictures = PictureLoader(
+            own.image_processor, roots=own.roots, budget=own.budget, shape=own.shape, limits=own.limits, reader=reader
+        )
+        return changed
 
     def pack(self, examples: Sequence[Example], *, length: int | None = None) -> Batch:
         """One pack of these examples, each a document of its own; as `pack_documents`."""
@@ -183,24 +178,32 @@ class Collator:
             UserError: a text that cannot be encoded.
         """
         made: list[Document] = []
-        loaded: dict[ImageKey, Image.Image | str] = {}
+        loaded: dict[ImageKey, Picture | str] = {}
         shown: list[ImageKey] = []
         ids: list[str] = []
         dropped: list[Dropped] = []
         for examples in documents:
-            images = self._images(examples[0], loaded)
-            if isinstance(images, str):
-                dropped += [Dropped(example.id, images) for example in examples]
+            pictures = self.pictures.of_example(examples[0], loaded)
+            if isinstance(pictures, str):
+                dropped += [Dropped(example.id, pictures) for example in examples]
                 continue
-            grids = [grid_of_resized(image, self.shape) for image in images]
+            grids = [picture.grid for picture in pictures]
             encoded = [self.encoder.encode(example, grids) for example in examples]
             made.append(make_document(encoded, self.shape.merge_size))
             shown += image_keys(examples[0])
             ids += [example.id for example in examples]
-        distinct = {key: n for n, key in enumerate(dict.fromkeys(shown))}
-        pixels = self._patches([image for key in distinct if not isinstance(image := loaded[key], str)])
-        places = [distinct[key] for key in shown]
-        return self._join(made, pixels, places, tuple(ids), length, tuple(dropped))
+        distinct = features_first({key: picture for key in shown if isinstance(picture := loaded[key], Picture)})
+        return self._join(made, distinct, shown, tuple(ids), length, tuple(dropped))
+
+    def pack_images(self, images: Sequence[ImageKey]) -> Batch:
+        """A pack of no example, with images that stand nowhere in it: for the tower alone.
+
+        An image that cannot be used is left out, and named in `dropped` by its path.
+        """
+        loaded = {key: self.pictures.load(key) for key in images}
+        distinct = {key: picture for key, picture in loaded.items() if isinstance(picture, Picture)}
+        dropped = tuple(Dropped(key[1], why) for key, why in loaded.items() if isinstance(why, str))
+        return self._join([], features_first(distinct), [], (), None, dropped)
 
     def prompt(self, example: Example) -> tuple[Encoded, torch.Tensor]:
         """An example's prompt ready for generation, and its patches [P, C].
@@ -215,11 +218,10 @@ class Collator:
 
     def try_prompt(self, example: Example) -> tuple[Encoded, torch.Tensor] | str:
         """As `prompt`, or why one of its images cannot be used."""
-        images = self._images(example, {})
-        if isinstance(images, str):
-            return images
-        grids = [grid_of_resized(image, self.shape) for image in images]
-        return self.encoder.encode_prompt(example.prompt, grids), self._patches(images)
+        pictures = self.pictures.of_example(example, {})
+        if isinstance(pictures, str):
+            return pictures
+        return self.encoder.encode_prompt(example.prompt, [p.grid for p in pictures]), self.pictures.patches(pictures)
 
     def open_image(self, path: str, file: int) -> Image.Image:
         """An image in its own size, upright and RGB, by its path in the record file of this number.
@@ -227,48 +229,13 @@ class Collator:
         Raises:
             ImageError: it cannot be used.
         """
-        return load_image(resolve_path(path, self._roots[file], self._limits))
-
-    def _images(self, example: Example, loaded: dict[ImageKey, Image.Image | str]) -> list[Image.Image] | str:
-        """Each image in its target size, or why one of them cannot be used.
-
-        Args:
-            loaded: the same of single images; grows.
-        """
-        found: list[Image.Image] = []
-        for key in image_keys(example):
-            image = loaded[key] if key in loaded else self._image(key)
-            loaded[key] = image
-            if isinstance(image, str):
-                return image
-            found.append(image)
-        return found
-
-    def _image(self, key: ImageKey) -> Image.Image | str:
-        """One image in its target size, or why it cannot be used."""
-        file, path, max_pixels = key
-        budget = within(self.budget, max_pixels)
-        try:
-            image = self.open_image(path, file)
-            resized = resize_image(image, budget, self.shape)
-            expected = grid_of(image.height, image.width, budget, self.shape)
-        except ImageError as error:
-            return named(error, path)
-        assert grid_of_resized(resized, self.shape) == expected, "header and image disagree"
-        return resized
-
-    def _patches(self, resized: Sequence[Image.Image]) -> torch.Tensor:
-        """[P, C] of images in their target size."""
-        if not resized:
-            return torch.empty(0, self._patch_values)
-        pixels: torch.Tensor = patches_of(resized, self.shape, self._image_processor)
-        return pixels
+        return self.pictures.open_image(path, file)
 
     def _join(
         self,
         documents: list[Document],
-        pixels: torch.Tensor,
-        places: Sequence[int],
+        pictures: dict[ImageKey, Picture],
+        shown: Sequence[ImageKey],
         ids: tuple[str, ...],
         length: int | None,
         dropped: tuple[Dropped, ...],
@@ -280,9 +247,9 @@ class Collator:
         starts = np.cumsum([0, *(document.size.num_tokens for document in rows)])
         input_ids = np.concatenate([document.input_ids for document in rows])
         target_at = np.concatenate([d.target_at + start for d, start in zip(rows, starts[:-1], strict=True)])
-        by_image = dict(zip(places, (grid for document in documents for grid in document.grids), strict=True))
-        grids = [by_image[n] for n in range(len(by_image))]
-        patch_ends = np.cumsum([0, *(grid.num_patches for grid in grids)])
+        feature_ends = np.cumsum([0, *(picture.grid.num_tokens(self.shape.merge_size) for picture in pictures.values())])
+        place = {key: n for n, key in enumerate(pictures)}
+        images = self.pictures.tensors(list(pictures.values()))
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             positions=torch.from_numpy(np.concatenate([document.positions for document in rows], axis=1)),
@@ -292,16 +259,12 @@ class Collator:
             target_ids=torch.from_numpy(input_ids[target_at]),
             document_ends=torch.from_numpy(starts.astype(np.int32)),
             image_rows=torch.from_numpy(np.flatnonzero(np.concatenate([document.is_image for document in rows]))),
-            feature_rows=torch.from_numpy(_feature_rows(places, patch_ends // self.shape.merge_size**2)),
-            pixel_values=pixels,
-            patch_positions=torch.from_numpy(patch_positions(grids, self.shape.merge_size)),
-            image_ends=torch.from_numpy(patch_ends.astype(np.int32)),
-            image_grids=torch.tensor([(grid.t, grid.h, grid.w) for grid in grids], dtype=torch.int64).reshape(-1, 3),
+            feature_rows=torch.from_numpy(_feature_rows([place[key] for key in shown], feature_ends)),
             example_ids=ids,
             num_padding=num_padding,
             documents=tuple(document.size for document in documents),
-            image_patches=tuple(grid.num_patches for grid in grids),
             dropped=dropped,
+            **{item.name: getattr(images, item.name) for item in fields(images)},
         )
 
 
@@ -332,11 +295,6 @@ def make_document(encoded: Sequence[Encoded], merge_size: int) -> Document:
         grids=first.grids,
         size=DocumentSize(trunk, branches),
     )
-
-
-def image_keys(example: Example) -> list[ImageKey]:
-    """What tells the pixels of its images from others: record file, path in it, and bound on the area."""
-    return [(example.file, path, example.max_pixels) for path in example.image_paths]
 
 
 def _feature_rows(places: Sequence[int], ends: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ from vl_dist.data.assign import Document, assign, pack_lengths, padded_length
 from vl_dist.data.collate import Batch, Collator
 from vl_dist.data.examples import ids_of
 from vl_dist.data.lengths import Dropped, Lengths
+from vl_dist.data.pictures import ImageKey
 from vl_dist.data.plan import Step
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
@@ -78,6 +79,18 @@ class _Packs(Dataset["Batch | UserError"]):
             return error
 
 
+class _Portions(Dataset[Batch]):
+    def __init__(self, portions: Sequence[Sequence[ImageKey]], collator: Collator) -> None:
+        self._portions = portions
+        self._collator = collator
+
+    def __len__(self) -> int:
+        return len(self._portions)
+
+    def __getitem__(self, number: int) -> Batch:
+        return self._collator.pack_images(self._portions[number])
+
+
 class _PlanOrder(Sampler[PackRequest]):
     def __init__(self, requests: Iterator[PackRequest]) -> None:
         self._requests = requests
@@ -130,6 +143,22 @@ def load_steps(
     packs = iter(loader)
     for step, assignment in here:
         yield StepPacks(step, tuple(_raise_error(next(packs)) for _ in range(assignment.num_packs_per_rank)))
+
+
+def load_images(portions: Sequence[Sequence[ImageKey]], collator: Collator, *, num_workers: int) -> Iterator[Batch]:
+    """Packs of images alone, one for each portion, in order; nothing is drawn further ahead than workers are.
+
+    Args:
+        num_workers: processes; 0 decodes in this one.
+    """
+    packs: Iterable[Batch] = DataLoader(
+        _Portions(portions, collator),
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=_one_thread if num_workers else None,
+        generator=torch.Generator(),
+    )
+    return iter(packs)
 
 
 def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:

@@ -38,15 +38,18 @@ class Job:
     allow_other_prompt: bool
 
 
-def plain_launch(env: Mapping[str, str]) -> Launch:
+def plain_launch(env: Mapping[str, str], command: str = "evaluate") -> Launch:
     """How the launcher started this process.
 
+    Args:
+        command: who asks.
+
     Raises:
-        UserError: with DeepSpeed, which an evaluation has no use for.
+        UserError: with DeepSpeed, which inference has no use for.
     """
     if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError(
-            "evaluate needs no DeepSpeed: each process holds the whole model. Launch it with accelerate_configs/ddp.yaml."
+            f"{command} needs no DeepSpeed: each process holds the whole model. Launch it with accelerate_configs/ddp.yaml."
         )
     return Launch(int(env.get("WORLD_SIZE", "1")), None, "", ())
 

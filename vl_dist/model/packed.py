@@ -7,7 +7,7 @@ Legend: T tokens, N targets, V image tokens, P patches, H hidden size.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,11 +29,18 @@ class PackedModel(nn.Module):
         self.peft_model = peft_model
         self._backend = backend
         self._kernel = make_kernel(backend)
-        self._tower_trains = any(p.requires_grad for p in self._base.model.visual.parameters())
+        self.tower_trains = any(p.requires_grad for p in self.tower.parameters())
+        self.keep_features: Callable[[Batch, torch.Tensor], None] | None = None  # gets what the tower made of each pack
 
     @property
     def _base(self) -> Any:
         return self.peft_model.get_base_model()
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower with its merger."""
+        tower: nn.Module = self._base.model.visual
+        return tower
 
     @property
     def lora_parameters(self) -> dict[str, nn.Parameter]:
@@ -61,7 +68,7 @@ class PackedModel(nn.Module):
         """[T, H]: the language model's last hidden states."""
         language_model = self._base.model.language_model
         embeddings = language_model.embed_tokens(batch.input_ids)
-        if batch.num_images:
+        if batch.num_images:  # an idle one counts
             # One image may stand in several places, and an idle one stands in none (`run.engine.with_idle_image`).
             features = self.image_features(batch).index_select(0, batch.feature_rows)
             embeddings = embeddings.index_copy(0, batch.image_rows, features.to(embeddings.dtype))
@@ -75,11 +82,21 @@ class PackedModel(nn.Module):
         return hidden
 
     def image_features(self, batch: Batch) -> torch.Tensor:
-        """[V, H] of the pack's distinct images; without a graph as long as no part of the tower trains."""
-        tower = self._base.model.visual
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_trains):
+        """[V, H] of the pack's distinct images, those of the cache first; without a graph unless the tower trains."""
+        tower, cached = self._base.model.visual, batch.cached_features
+        if not batch.num_encoded_images:
+            return cached
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains):
             attend = by_image(batch, self._backend)
-            return encode_images(tower, batch.pixel_values.to(tower.dtype), batch.patch_positions, attend)
+            encoded = encode_images(tower, batch.pixel_values.to(tower.dtype), batch.patch_positions, attend)
+        if self.keep_features is not None:
+            self.keep_features(batch, encoded)
+        return torch.cat([cached, encoded]) if batch.num_cached_images else encoded
+
+    def encode_only(self, batch: Batch) -> None:
+        """Runs the tower for `keep_features` alone."""
+        with torch.no_grad(), out_of_memory_named(batch):
+            self.image_features(batch)
 
 
 @contextlib.contextmanager

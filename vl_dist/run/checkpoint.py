@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from vl_dist.errors import UserError
+from vl_dist.file_modes import give_usual_mode
 from vl_dist.model.load import load_adapter_weights
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
@@ -97,6 +98,7 @@ def save_checkpoint(root: Path, model: PackedModel, trained: Trained, state: Tra
     _refuse_full_disk(root, trained)
     save_adapter(model.peft_model, temporary, trained.weights)
     save_file(trained.moments, temporary / OPTIMIZER)
+    give_usual_mode(temporary / OPTIMIZER)
     (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
     _write_manifest(temporary)
     shutil.rmtree(final, ignore_errors=True)  # there only if it was damaged: its step was trained again
@@ -118,6 +120,7 @@ def save_adapter(model: PeftModel, directory: Path, weights: dict[str, torch.Ten
     state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    give_usual_mode(directory / "adapter_model.safetensors")
     settings = copy(model.peft_config[model.active_adapter])
     settings.inference_mode = True
     settings.save_pretrained(str(directory))

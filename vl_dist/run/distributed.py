@@ -69,6 +69,11 @@ class Ranks:
         """Rank 0, which writes files and talks to the person."""
         return self.rank == 0
 
+    @property
+    def is_first_of_node(self) -> bool:
+        """The lowest rank of its machine."""
+        return bool(self.accelerator.is_local_main_process)
+
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, still on the device; nothing is read back (all ranks)."""
         if self.world_size == 1:

@@ -1,11 +1,11 @@
-"""What takes the step: the same five calls whether the model is whole on every rank or DeepSpeed keeps it in shares.
+"""What takes the step: the same calls whether the model is whole on every rank or DeepSpeed keeps it in shares.
 
 Both sides take the mean of gradients over ranks, once a step or as the step goes, and the caller's loss is scaled for that
 (`Ranks.loss_scale`). Neither divides by the number of packs.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -35,6 +35,9 @@ class Trained:
 
 class Engine(Protocol):
     """The model under training with its optimizer. All methods are for all ranks."""
+
+    def begin_step(self, packs: Sequence[Batch]) -> None:
+        """Before the first of this rank's packs of a step."""
 
     def __call__(self, pack: Batch) -> torch.Tensor:
         """The loss summed over one pack's targets, with a graph."""
@@ -80,11 +83,14 @@ class PlainEngine:
     def __init__(self, model: PackedModel, ranks: Ranks, settings: OptimConfig) -> None:
         self._ranks = ranks
         self._parameters = model.lora_parameters
-        self._pack = Packs(model, always_images=False)
+        self._pack = Packs(model)
         self._max_grad_norm = settings.max_grad_norm
         self._norm: torch.Tensor | None = None  # of the gradient that is there, once asked for
         self._optimizer = make_optimizer(self._parameters.values(), settings)
         self._wrapped: nn.Module = ranks.accelerator.prepare_model(model)
+
+    def begin_step(self, packs: Sequence[Batch]) -> None:
+        """Nothing to do."""
 
     def __call__(self, pack: Batch) -> torch.Tensor:
         """The loss summed over one pack's targets, with a graph."""
@@ -156,11 +162,15 @@ class ZeroEngine:
         self._ranks = ranks
         self._parameters = model.lora_parameters
         self._stage = launch.zero_stage
-        # Layers of stage 3 are gathered by all ranks together, so all must run the tower, or none.
-        self._pack = Packs(model, always_images=self._stage == 3)
+        self._pack = Packs(model)
         optimizer = make_optimizer(self._parameters.values(), settings)
         self._engine, _ = ranks.accelerator.prepare(model, optimizer)
         self._stepped = False  # the optimizer has moments to give
+
+    def begin_step(self, packs: Sequence[Batch]) -> None:
+        """Layers of stage 3 are gathered by all ranks together, so all must run the tower, or none."""
+        if self._stage == 3:
+            self._pack.all_or_none(packs, self._ranks)
 
     def __call__(self, pack: Batch) -> torch.Tensor:
         """The loss summed over one pack's targets, with a graph."""
@@ -269,27 +279,28 @@ class ZeroEngine:
 class Packs:
     """Packs as the engine runs them: with an idle image where the tower must run although there is no image."""
 
-    def __init__(self, model: PackedModel, *, always_images: bool) -> None:
-        """
-        Args:
-            always_images: whether it must anyway. It also must if parts of it are trained: data parallel waits for the
-                gradient of every parameter, and one that is zero is not the same to AdamW as one that is not there.
-        """
-        self._needed = always_images or any(".visual." in name for name in model.lora_parameters)
+    def __init__(self, model: PackedModel) -> None:
+        # Data parallel waits for the gradient of every parameter, and one that is zero is not the same to AdamW as one that
+        # is not there.
+        self.always_images = self._tower_trains = model.tower_trains
         self._merge_size: int = model.peft_model.get_base_model().model.visual.spatial_merge_size
+
+    def all_or_none(self, packs: Sequence[Batch], ranks: Ranks) -> None:
+        """In this step the tower runs in every pack, or in none on any rank (all ranks)."""
+        self.always_images = self._tower_trains or ranks.any(any(pack.num_encoded_images for pack in packs))
 
     def __call__(self, pack: Batch) -> Batch:
         """The pack, or one with an idle image."""
-        return with_idle_image(pack, self._merge_size) if self._needed else pack
+        return with_idle_image(pack, self._merge_size) if self.always_images else pack
 
 
 def with_idle_image(pack: Batch, merge_size: int) -> Batch:
-    """The pack; without images, with the smallest grid the tower takes, whose one feature replaces no row.
+    """The pack; without images to encode, with the smallest grid the tower takes, whose one feature replaces no row.
 
     Args:
         merge_size: patches to a side of one image token.
     """
-    if pack.num_images:
+    if pack.num_encoded_images:
         return pack
     return replace(
         pack,

@@ -1,7 +1,9 @@
 """All that stands between settings and the first step: data, model, what was trained before, and the output directory."""
 
+import contextlib
 import os
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from vl_dist.run.checkpoint import Restored, restore
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import Engine, make_engine
+from vl_dist.run.features import fill_while_training
 from vl_dist.run.late import LateFaults
 from vl_dist.run.launched import Launch
 from vl_dist.run.metrics import Record
@@ -65,6 +68,7 @@ class Run:
     tracking: Tracking
     best: BestCheckpoint
     flops: FlopCounter
+    features: AbstractContextManager[Any]  # fills the feature cache, if there is one
     first_step: int  # steps done before
 
 
@@ -84,6 +88,10 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
     frequency = load_frequency(config.eval, ranks)
     model, restored = _model(config, session, model_dir, data, start)
+    features: AbstractContextManager[Any] = contextlib.nullcontext()
+    if config.model.feature_cache is not None:
+        train, features = fill_while_training(config.model.feature_cache, model, data.train, ranks, console.say)
+        data = replace(data, train=train)
     engine = make_engine(model, ranks, config.optim, session.launch)
     if restored is not None:
         engine.restore_moments(restored.moments, restored.state.updates)
@@ -115,6 +123,7 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         tracking=tracking,
         best=BestCheckpoint(config.run.output_dir, config.eval.best_metric, is_main=ranks.is_main),
         flops=FlopCounter(read_shape(model_dir), config.lora.r, config.lora.target_modules),
+        features=features,
         first_step=first_step,
     )
 
