@@ -17,14 +17,18 @@ from train import train_step
 from vl_dist.data.assign import assign
 from vl_dist.data.collate import Batch, Collator
 from vl_dist.data.encode import Encoder
+from vl_dist.data.features import FeatureReader
 from vl_dist.data.lengths import HeaderReader, measure
+from vl_dist.data.pictures import image_keys
 from vl_dist.data.plan import Step
 from vl_dist.model.attention import resolve_backend
+from vl_dist.model.features import feature_space
 from vl_dist.model.load import attach_lora, load_base, load_processor
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.checkpoint import save_adapter
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import PlainEngine
+from vl_dist.run.features import FeatureFill
 from vl_dist.settings import LoraSettings, OptimConfig
 
 Gradient = dict[str, torch.Tensor]  # by the parameter's name in the PEFT model
@@ -85,7 +89,11 @@ class Task:
                 losses, _ = train_step(packs, run)
             losses.sum().item()  # until the device is done
 
-        return Way(name, lambda: train, lambda: self.gradient(steps), examples_per_step, notes)
+        def begin() -> Callable[[], None]:
+            Accelerator()  # a Trainer's arguments empty the state that all Accelerators share
+            return train
+
+        return Way(name, begin, lambda: self.gradient(steps), examples_per_step, notes)
 
     def gradient(self, steps: Steps) -> Gradient:
         """Of the mean loss over the first examples, which must be the first packs'."""
@@ -114,25 +122,46 @@ class Task:
 
         return steps
 
-    def planned(self) -> Steps:
-        """Steps of the workload's number of examples, cut into packs as training cuts them."""
-        workload, examples = self.workload, self.workload.examples
+    def caching(self) -> Collator:
+        """A collator that reads every image's features from a cache, which is filled here, as `vl_dist cache` does."""
+        space = feature_space(self.model, self.processor.image_processor)
+        directory = self.home / "features" / space.key
+        directory.mkdir(parents=True)
+        warned: list[str] = []
+        keys = dict.fromkeys(key for example in self.workload.examples for key in image_keys(example))
+        with FeatureFill(directory, warned.append) as fill:
+            self.model.keep_features = fill
+            for key in keys:
+                self.model.encode_only(self.collator.pack_images([key]).to(self.ranks.device))
+            self.model.keep_features = None
+        reader = FeatureReader(directory, width=space.width, dtype=space.dtype)
+        collator = self.collator.reading(reader)
+        assert not warned and collator.pack_images(list(keys)).num_encoded_images == 0, f"not cached: {warned}"
+        return collator
+
+    def planned(self, collator: Collator | None = None) -> Steps:
+        """Steps of the workload's number of examples, cut into packs as training cuts them.
+
+        Args:
+            collator: another one than the task's.
+        """
+        workload, examples, collator = self.workload, self.workload.examples, collator or self.collator
 
         def steps() -> Iterator[list[Batch]]:
             for number, start in enumerate(range(0, len(examples), workload.examples_per_step)):
                 chosen = np.arange(start, min(start + workload.examples_per_step, len(examples)))
                 step = Step(number, 0, chosen, ends_epoch=False)
                 (packs,) = assign(step, self.lengths, world_size=1, max_tokens=workload.pack_tokens).packs
-                yield [self.collator.pack([examples[n] for n in pack.examples]) for pack in packs]
+                yield [collator.pack([examples[n] for n in pack.examples]) for pack in packs]
 
         return steps
 
-    def shared(self) -> Steps:
-        """Steps of one pack of whole groups, each encoded once."""
-        groups = self.workload.groups
+    def shared(self, collator: Collator | None = None) -> Steps:
+        """Steps of one pack of whole groups, each encoded once; as `planned`."""
+        groups, chosen = self.workload.groups, collator or self.collator
         per_step = self.workload.examples_per_step // len(groups[0])
         return lambda: (
-            [self.collator.pack_documents(groups[start : start + per_step])] for start in range(0, len(groups), per_step)
+            [chosen.pack_documents(groups[start : start + per_step])] for start in range(0, len(groups), per_step)
         )
 
 

@@ -28,15 +28,19 @@ ROUGH_TOLERANCE = 5e-2  # in bfloat16
 
 
 def ways_of(task: Task) -> list[Way]:
-    """Ours: the first is the tutorial's micro-batches, then one feature more each time. A new row is a line here."""
-    two, step = task.packs_of(2, 2), task.workload.examples_per_step
-    found = [
-        task.way("tower under no_grad, logits on targets only; 2 x 2", two, examples_per_step=4),
-        task.way(f"and packing; {step} a step", task.planned(), examples_per_step=step),
+    """Ours: the first in the tutorial's micro-batches, then one feature more each time. A new row is a line here."""
+    step, cached = task.workload.examples_per_step, task.caching()
+    rows = [
+        ("tower under no_grad, logits on targets only; 2 x 2", task.packs_of(2, 2), 4),
+        (f"and packing; {step} a step", task.planned(), step),
+        (f"and model.feature_cache; {step} a step", task.planned(cached), step),
     ]
     if len(task.workload.groups[0]) > 1:
-        found.append(task.way(f"and data.share_prefix; {step} a step", task.shared(), examples_per_step=step))
-    return found
+        rows += [
+            (f"packing and data.share_prefix; {step} a step", task.shared(), step),
+            (f"and model.feature_cache; {step} a step", task.shared(cached), step),
+        ]
+    return [task.way(name, steps, examples_per_step=count) for name, steps, count in rows]
 
 
 def compare(home: Path, name: str, *, on_gpu: bool, quick: bool) -> tuple[list[Any], dict[str, Any]]:
