@@ -125,8 +125,8 @@ def as_rows(speeds: Sequence[Speed]) -> list[dict[str, Any]]:
     return [asdict(speed) for speed in speeds]
 
 
-def show(speeds: Sequence[Speed], title: str) -> None:
-    """The table."""
+def show(speeds: Sequence[Speed], title: str, missing: Sequence[str]) -> None:
+    """The table, with a row for what is missing."""
     columns = ("examples/s", "slowest to fastest", "times the tutorial's", "images/s", "targets/s", "tokens/s", "peak GiB")
     table = Table("way", *columns, "gradient off by", title=title)
     for speed in speeds:
@@ -141,6 +141,8 @@ def show(speeds: Sequence[Speed], title: str) -> None:
             "" if speed.peak_memory_gib is None else f"{speed.peak_memory_gib:.2f}",
             f"{speed.gradient_difference:.0e}",
         )
+    for line in missing:
+        table.add_row(line)
     console = Console(width=160)
     console.print(table)
     for speed in speeds:

@@ -127,15 +127,14 @@ class Task:
         space = feature_space(self.model, self.processor.image_processor)
         directory = self.home / "features" / space.key
         directory.mkdir(parents=True)
-        warned: list[str] = []
+        reader = FeatureReader(directory, width=space.width, dtype=space.dtype)
+        collator, warned = self.collator.reading(reader), list[str]()
         keys = dict.fromkeys(key for example in self.workload.examples for key in image_keys(example))
         with FeatureFill(directory, warned.append) as fill:
             self.model.keep_features = fill
             for key in keys:
-                self.model.encode_only(self.collator.pack_images([key]).to(self.ranks.device))
+                self.model.encode_only(collator.pack_images([key]).to(self.ranks.device))
             self.model.keep_features = None
-        reader = FeatureReader(directory, width=space.width, dtype=space.dtype)
-        collator = self.collator.reading(reader)
         assert not warned and collator.pack_images(list(keys)).num_encoded_images == 0, f"not cached: {warned}"
         return collator
 

@@ -43,17 +43,20 @@ def ways_of(task: Task) -> list[Way]:
     return [task.way(name, steps, examples_per_step=count) for name, steps, count in rows]
 
 
+def peers_of(task: Task) -> tuple[list[Way], list[str]]:
+    """What pip installs for the same purpose, and a line for each that is not there."""
+    if trl_installed():
+        return [TrlPeer(task).way()], []
+    return [], ["TRL's SFTTrainer was not measured: pip install -r benchmarks/requirements.txt"]
+
+
 def compare(home: Path, name: str, *, on_gpu: bool, quick: bool) -> tuple[list[Any], dict[str, Any]]:
     """The speed of every way, and what must be known of how it was measured."""
     workload = WORKLOADS[name](home, quick=quick, on_gpu=on_gpu)
     task = Task(home, workload, on_gpu=on_gpu)
     tutorial = Tutorial(task)
-    peers, missing = [tutorial.way(2, 2)], []
-    if trl_installed():
-        peers.append(TrlPeer(task).way())
-    else:
-        missing.append("TRL's SFTTrainer: not installed (benchmarks/requirements.txt)")
-    ways = [*peers, *ways_of(task)]
+    peers, missing = peers_of(task)
+    ways = [tutorial.way(2, 2), *peers, *ways_of(task)]
     apart = differences(ways)
     allowed = TOLERANCE if task.dtype == torch.float32 else ROUGH_TOLERANCE
     assert max(apart) <= allowed, f"gradients differ: {dict(zip((way.name for way in ways), apart, strict=True))}"
@@ -86,9 +89,8 @@ def main() -> None:
         speeds, about = compare(home, given.workload, on_gpu=given.device == "cuda", quick=given.quick)
     write_json(given.out, "train", as_rows(speeds), device=given.device, quick=given.quick, **about)
     draw(speeds, given.out.with_suffix(".png"))
-    show(speeds, f"{given.workload} on {given.device}; {about['model']}")
-    for line in (f"tutorial's batches tried, examples/s: {about['tutorial_batches_tried']}", *about["missing"]):
-        sys.stdout.write(f"{line}\n")
+    show(speeds, f"{given.workload} on {given.device}; {about['model']}", about["missing"])
+    sys.stdout.write(f"tutorial's batches tried, examples/s: {about['tutorial_batches_tried']}\n")
 
 
 if __name__ == "__main__":
