@@ -58,14 +58,15 @@ def seconds_of(way: Way) -> float:
 def best_batch(tutorial: Tutorial, batches: Sequence[int]) -> tuple[Way, dict[str, float | None]]:
     """The tutorial's loop at its fastest micro-batch without accumulation, and examples/s of those that were tried.
 
-    Each was run once after one run that does not count; None: it did not fit into memory.
+    Each was run once, after one run of the loop that does not count; None: it did not fit into memory.
     """
     found: dict[int, float] = {}
     tried: dict[str, float | None] = {}
     for batch in batches:
         way = tutorial.way(batch, 1)
         try:
-            seconds_of(way)
+            if batch == batches[0] or torch.cuda.is_available():  # there, each size has kernels of its own to choose
+                seconds_of(way)
             found[batch] = len(tutorial.rows) / seconds_of(way)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()

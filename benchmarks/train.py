@@ -63,11 +63,12 @@ def compare(home: Path, name: str, *, on_gpu: bool, quick: bool) -> tuple[list[A
     best, tried = best_batch(tutorial, workload.tutorial_batches[:1] if quick else workload.tutorial_batches)
     ways, apart = [ways[0], best, *ways[1:]], [apart[0], apart[0], *apart[1:]]
     counts = counts_of(task)
-    speeds = measure(ways, counts, 1 if quick else 5, apart, task.ranks.device)
+    speeds = measure(ways, counts, workload.rounds, apart, task.ranks.device)
     model = "Qwen2-VL-2B's shape" if on_gpu else f"Qwen2-VL-2B's proportions, {workload.model_note}"
     about = {
         "workload": name,
         "counts": counts,
+        "rounds": workload.rounds,
         "model": f"{model}, {str(task.dtype).removeprefix('torch.')}, random weights",
         "tutorial_batches_tried": tried,
         "missing": missing,

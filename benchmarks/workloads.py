@@ -51,6 +51,7 @@ class Workload:
     vocabulary: int  # of the model on a CPU
     model_note: str  # the model on a CPU, in words
     texts: tuple[str, ...]  # that the tokenizer is trained on, beside the template's
+    rounds: int  # that count
     num_compared: int  # first examples that gradients are compared on
     pack_tokens: int  # most tokens of our packs
     examples_per_step: int  # of ours with packing
@@ -74,6 +75,7 @@ def coco(home: Path, *, quick: bool, on_gpu: bool) -> Workload:
         vocabulary=QUARTER_VOCABULARY,
         model_note="tiny" if quick else "a quarter as wide and as deep",
         texts=(*WORDS, CAPTION),
+        rounds=1 if quick else 5,
         num_compared=4 * CAPTIONS,
         pack_tokens=16384 if on_gpu else 4096,
         examples_per_step=160 if on_gpu else 20,
@@ -89,10 +91,11 @@ def mixed(home: Path, *, quick: bool, on_gpu: bool) -> Workload:
         name="mixed",
         groups=tuple((example,) for example in mixed_examples(home, count, longest=1024 if quick else LONGEST)),
         budget=PixelBudget(),
-        size=TINY if quick else replace(QUARTER, layers=4, tower_layers=4),
-        vocabulary=QUARTER_VOCABULARY * 4 // 7,
-        model_note="tiny" if quick else "a quarter as wide, an eighth as deep",
+        size=TINY if quick else replace(QUARTER, layers=2, tower_layers=2),  # so that a whole run takes ten minutes
+        vocabulary=QUARTER_VOCABULARY * 2 // 7,
+        model_note="tiny" if quick else "a quarter as wide, two layers deep on each side",
         texts=(*WORDS, *(f" {word}" for word in WORDS)),  # every word one token
+        rounds=1 if quick else 5 if on_gpu else 3,
         num_compared=8,
         pack_tokens=2 * LONGEST if on_gpu else LONGEST,
         examples_per_step=32 if on_gpu else 8,
