@@ -1,13 +1,12 @@
 """Figures of the data plane: planning, how full packs are, how evenly ranks are busy, measuring records, loading images.
 
-    python -m benchmarks.data [--quick]
+    python -m benchmarks.data [--quick] [--out FILE.json]
 
 Lengths are drawn from two distributions: COCO-like captions, and a mix from 100 to 8,192 tokens of which half have images.
 Beside our plan stand the usual ways: plain padding to the longest of a batch, and packs filled with tokens in the order of
 a shuffled sampler and dealt out in turn.
 """
 
-import argparse
 import resource
 import statistics
 import time
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import parser_of, table_rows, write_json
 from benchmarks.loading import images_per_s, index_times
 from vl_dist.data.assign import Assignment, Pack, assign, pack_lengths, padded_length
 from vl_dist.data.groups import cost, group_examples
@@ -199,15 +199,14 @@ def loading_table(share: int) -> Table:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Figures of the data plane.")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the examples")
-    share = 100 if parser.parse_args().quick else 1
+    given = parser_of("Figures of the data plane.", "data").parse_args()
+    share = 100 if given.quick else 1  # of the examples
     rng = np.random.default_rng(0)
+    tables = [plan_table(share, rng), balance_table(rng), index_table(share), loading_table(share)]
+    write_json(given.out, "data", [table_rows(table) for table in tables], quick=given.quick)
     console = Console(width=120)
-    console.print(plan_table(share, rng))
-    console.print(balance_table(rng))
-    console.print(index_table(share))
-    console.print(loading_table(share))
+    for table in tables:
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,16 @@ NUM_DISTINCT = 24
 CAPTION = "A man in a red jacket is riding a wave on top of a surfboard, number {}."
 
 
-def photographs(directory: Path, count: int) -> list[str]:
-    """Names of `count` JPEG files, cut out of photographs that scikit-image ships, at COCO's sizes."""
+def source_photographs() -> list[Image.Image]:
+    """Four photographs that scikit-image ships."""
     from skimage import data
 
-    sources = [Image.fromarray(pixels) for pixels in (data.astronaut(), data.coffee(), data.cat(), data.rocket())]
+    return [Image.fromarray(pixels) for pixels in (data.astronaut(), data.coffee(), data.cat(), data.rocket())]
+
+
+def photographs(directory: Path, count: int) -> list[str]:
+    """Names of `count` JPEG files, cut out of photographs that scikit-image ships, at COCO's sizes."""
+    sources = source_photographs()
     made = []
     for n in range(NUM_DISTINCT):
         source, size = sources[n % len(sources)], SIZES[n % len(SIZES)]

@@ -1,11 +1,10 @@
 """How long scoring takes: 5,000 images with five references each, as in COCO's usual test split.
 
-    python -m benchmarks.scores [--images N] [--references N]
+    python -m benchmarks.scores [--images N] [--references N] [--quick] [--out FILE.json]
 
 Captions are drawn from a vocabulary with Zipf's frequencies, 8 to 20 words each; a prediction shares part of a reference.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import parser_of, write_json
 from vl_dist.evaluate.scores import bleu, cider_d, document_frequency, rouge_l, score_captions, tokenize
 
 VOCABULARY = 10_000  # words; COCO's captions have about as many that come five times or more
@@ -46,11 +46,12 @@ def seconds(action: Callable[[], object]) -> float:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser()
+    parser = parser_of("How long scoring takes.", "scores")
     parser.add_argument("--images", type=int, default=5_000)
     parser.add_argument("--references", type=int, default=5)
     arguments = parser.parse_args()
-    predictions, references = captions(arguments.images, arguments.references)
+    num_images = min(200, arguments.images) if arguments.quick else arguments.images
+    predictions, references = captions(num_images, arguments.references)
     predicted = [tokenize(text) for text in predictions]
     accepted = [[tokenize(text) for text in several] for several in references]
     rows: list[tuple[str, Callable[[], object]]] = [
@@ -61,9 +62,12 @@ def main() -> None:
         ("ROUGE-L", lambda: [rouge_l(one, several) for one, several in zip(predicted, accepted, strict=True)]),
         ("all of it", lambda: score_captions(predictions, references)),
     ]
-    table = Table("scoring", "s", title=f"{arguments.images:,} images, {arguments.references} references each")
-    for name, action in rows:
-        table.add_row(name, f"{seconds(action):.2f}")
+    found = {name: seconds(action) for name, action in rows}
+    table = Table("scoring", "s", title=f"{num_images:,} images, {arguments.references} references each")
+    for name, taken in found.items():
+        table.add_row(name, f"{taken:.2f}")
+    settings = {"images": num_images, "references": arguments.references}
+    write_json(arguments.out, "scores", found, quick=arguments.quick, **settings)
     Console().print(table)
 
 

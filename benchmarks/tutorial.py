@@ -207,7 +207,7 @@ def padding_collator(tokenizer: Any) -> Callable[[Sequence[Features]], Features]
     pad_known = DataCollatorForSeq2Seq(tokenizer=tokenizer, padding=True)
 
     def collate(rows: Sequence[Features]) -> Features:
-        kinds = [torch.tensor(row["mm_token_type_ids"]) for row in rows]
+        kinds = [torch.as_tensor(row["mm_token_type_ids"]) for row in rows]
         known = [{name: value for name, value in row.items() if name != "mm_token_type_ids"} for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(
             kinds, batch_first=True, padding_value=TEXT, padding_side=tokenizer.padding_side
