@@ -39,6 +39,8 @@ def test_a_dumped_configuration_is_a_recipe_that_reads_back_equal(recipe: Path, 
         ("data.end_token=<|endoftext|>", "<|endoftext|>"),
         ("data.eval=last:4", "last:4"),
         ("optim.max_steps=null", None),
+        ("model.recompute=null", None),
+        ("model.recompute=every_2", "every_2"),
         ("lora.target_modules=[q_proj,v_proj]", ("q_proj", "v_proj")),
         ("lora.target_modules=[0]", ("0",)),
         (r"lora.target_modules=.*\.layers\.[0-3]\..*q_proj", r".*\.layers\.[0-3]\..*q_proj"),
@@ -67,7 +69,6 @@ def test_a_word_means_what_it_says(word: str, expected: object) -> None:
         ("optim=3", ["optim"]),
         ("model.recompute=some", ["model.recompute", "none, all, or every_N", "every_2"]),
         ("model.recompute=every_1", ["model.recompute", "2 or more"]),
-        ("model.recompute=null", ["model.recompute"]),
         ("optim.lr.x=3", ["optim.lr.x"]),
         ("optim.lr", ["section.key=value"]),
         ("lora.dropout=1.0", ["lora.dropout", "below 1"]),
@@ -106,6 +107,8 @@ def test_a_broken_recipe_is_one_message(tmp_path: Path, text: str) -> None:
 def test_sizes_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="one of the two"):
         load(None, ["data.resized_height=28", "data.resized_width=28", "data.max_pixels=9"])
+    with pytest.raises(UserError, match="feature_cache.*lora.merger"):
+        load(None, ["model.feature_cache=kept", "lora.merger=true"])
     with pytest.raises(UserError, match="is above"):
         load(None, ["data.min_pixels=10", "data.max_pixels=9"])
 

@@ -54,10 +54,10 @@ class ModelConfig:
         None,
         "4bit: the language model's frozen linear layers in 4 bits (NF4, by bitsandbytes; CUDA only); null: as model.dtype",
     )
-    recompute: str = key(
+    recompute: str | None = key(
         "none",
         "layers that keep their input alone and run again in the backward, to save memory for a third more time: none, "
-        "all, or every_N (every_2: each second layer)",
+        "all, or every_N (every_2: each second layer); null: none",
         trains=False,
     )
 

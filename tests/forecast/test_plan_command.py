@@ -1,6 +1,7 @@
 """`plan`: what it says of the steps is what training does with them."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -115,6 +116,10 @@ def test_the_command_needs_no_weights_and_prints_all_tables(
     ):
         assert part in shown, (part, shown)
     recipe = str(ROOT / "recipes" / "coco2014_tutorial.yaml")
+    assert re.search(r"of them the tower \d+%, in every epoch", shown) and "if they are cached" in shown
+    assert main(["plan", recipe, *words, "model.feature_cache=kept"]) == 0
+    cached = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "until model.feature_cache has all images" in cached and "image features, in kept" in cached
     assert main(["plan", recipe, *words, "lora.target_modules=[q_proj,qkv]"]) == 2
     assert "lora.tower=true" in capsys.readouterr().err
     assert main(["plan", recipe, *words, "lora.target_modules=[q_proj,qkv]", "lora.tower=true"]) == 0

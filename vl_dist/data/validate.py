@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vl_dist.config import held_out_count
 from vl_dist.data.image_files import ImageLimits
 from vl_dist.data.images import PatchShape, PixelBudget
 from vl_dist.data.lengths import HeaderReader, Sizes, read_sizes
 from vl_dist.data.record_files import BadRow, Row, read_rows
 from vl_dist.data.records import Record
 from vl_dist.errors import UserError
+from vl_dist.rules import held_out_count
 from vl_dist.settings import DataConfig
 
 BAD_ROWS = "bad_rows.jsonl"

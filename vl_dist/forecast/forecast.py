@@ -73,7 +73,7 @@ def make_forecast(config: Config, *, world_size: int, on_progress: Progress) -> 
         has_dropout=config.lora.dropout > 0,
         base_bytes=BASE_BYTES[config.model.dtype],
         eager=config.model.attention == "eager",
-        recompute=config.model.recompute,
+        recompute=config.model.recompute or "none",
     )
     return Forecast(
         config=config,

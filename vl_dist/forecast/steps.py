@@ -31,6 +31,7 @@ class StepFigures:
     skew: float  # largest over mean cost of a rank
     worst_skew: float
     flops: float  # useful operations
+    tower_flops: float  # of them, those that make features of images
     largest: PackSize  # the most that any measured pack has of each
 
 
@@ -50,7 +51,7 @@ def measure_steps(
     allowed = pack_lengths(max_tokens, num_pack_lengths) if num_pack_lengths is not None else None
     rows = [_measure(step, lengths, flops, world_size, max_tokens, allowed) for step in chosen]
     means = np.array([row[:-1] for row in rows], dtype=np.float64).mean(axis=0)
-    tokens, targets, images, packs, fillers, padded, skew, operations = means.tolist()
+    tokens, targets, images, packs, fillers, padded, skew, operations, tower = means.tolist()
     largest = np.array([row[-1] for row in rows]).max(axis=0)
     return StepFigures(
         num_measured=len(chosen),
@@ -63,15 +64,16 @@ def measure_steps(
         fill=tokens / (packs * max_tokens),
         skew=skew,
         worst_skew=max(row[6] for row in rows),
-        flops=operations,
+        flops=operations + tower,
+        tower_flops=tower,
         largest=PackSize(tokens=int(largest[0]), targets=int(largest[1]), patches=int(largest[2])),
     )
 
 
 def _measure(
     step: Step, lengths: Lengths, flops: FlopCounter, world_size: int, max_tokens: int, allowed: Sequence[int] | None
-) -> tuple[float, float, float, float, float, float, float, float, tuple[int, int, int]]:
-    """Tokens, targets, images, packs, fillers, padded tokens, skew, operations; and tokens, targets, patches of packs."""
+) -> tuple[float, float, float, float, float, float, float, float, float, tuple[int, int, int]]:
+    """Tokens, targets, images, packs, fillers, padded tokens, skew, operations, the tower's; and the largest pack."""
     assignment = assign(step, lengths, world_size=world_size, max_tokens=max_tokens)
     packs = [pack for rank in assignment.packs for pack in rank]
     padded = [max(1, pack.num_tokens if allowed is None else padded_length(pack.num_tokens, allowed)) for pack in packs]
@@ -87,6 +89,7 @@ def _measure(
         sum(padded),
         max(costs) / (sum(costs) / len(costs)),
         sum(_flops(pack, lengths, flops) for pack in packs),
+        sum(_tower_flops(pack, lengths, flops) for pack in packs),
         (max(padded), max(targets), max(patches)),
     )
 
@@ -109,10 +112,13 @@ def _flops(pack: Pack, lengths: Lengths, flops: FlopCounter) -> float:
         members = list(document)
         trunk = int(lengths.trunk[members[0]])
         total += flops.document(trunk, (lengths.tokens[members] - trunk).tolist())
-        # Several images of one example count as one of their patches together, for the grids of each are not kept.
-        total += flops.image(int(lengths.patches[members[0]])) if lengths.patches[members[0]] else 0.0
         total += flops.targets_head(int(lengths.targets[members].sum()))
     return total
+
+
+def _tower_flops(pack: Pack, lengths: Lengths, flops: FlopCounter) -> float:
+    """Several images of one example count as one of their patches together, for the grids of each are not kept."""
+    return sum(flops.image(int(lengths.patches[n])) for n in _firsts(pack) if lengths.patches[n])
 
 
 def histogram(values: NDArray[np.int64], num_bins: int) -> list[tuple[int, int, int]]:

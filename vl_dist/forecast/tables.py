@@ -10,6 +10,7 @@ from vl_dist.data.examples import Examples
 from vl_dist.forecast.forecast import Forecast
 from vl_dist.forecast.memory import GIB
 from vl_dist.forecast.steps import histogram
+from vl_dist.settings import Config
 
 SMALL = 0.1  # GiB; below it all memory is in MiB
 NUM_BINS, BAR_WIDTH = 16, 40
@@ -31,7 +32,7 @@ def tables(found: Forecast) -> Iterator[Table | Text]:
     yield Text(
         f"For the largest packs measured: {largest.tokens:,} tokens, {largest.targets:,} targets, {largest.patches:,} "
         "patches. The adapter is with its gradients and moments; activations are those that "
-        f"model.recompute={found.config.model.recompute} keeps; working are logits and the widest gradients. CUDA's own "
+        f"model.recompute={found.config.model.recompute or 'none'} keeps; working are logits and the widest gradients. CUDA's own "
         "context, the allocator's waste and communication buffers come on top.\n"
     )
     if found.memory[3].total > found.memory[0].total:
@@ -57,8 +58,15 @@ def _steps(found: Forecast) -> Table:
         "pack fill": f"{figures.fill:.1%} of {cap:,} tokens; padding {figures.padding:.2%}",
         "rank skew": f"largest over mean cost {figures.skew:.3f}, worst step {figures.worst_skew:.3f}",
         "useful operations": f"{per_step:,.4g} TFLOP a step, {per_step * plan.num_steps / 1e3:,.4g} PFLOP in all",
+        "of them the tower": f"{figures.tower_flops / max(1.0, figures.flops):.0%}, {_when_the_tower_runs(config)}",
     }
     return _table(f"plan on {found.world_size} GPU{'s' if found.world_size > 1 else ''}", rows)
+
+
+def _when_the_tower_runs(config: Config) -> str:
+    if config.model.feature_cache is None:
+        return "in every epoch; model.feature_cache would do it once"
+    return "until model.feature_cache has all images"
 
 
 def _weights(found: Forecast) -> dict[str, str]:
@@ -93,11 +101,11 @@ def _memory(found: Forecast) -> Table:
 
 
 def _disk(found: Forecast) -> Table:
-    keep = found.config.checkpoint.keep
+    keep, cache = found.config.checkpoint.keep, found.config.model.feature_cache
     all_of_them = "all kept" if keep is None else f"{keep} kept, {_size(keep * found.checkpoint_bytes)}"
     rows = {
         "one checkpoint": f"{_size(found.checkpoint_bytes)}; {all_of_them}",
-        "image features, if they are cached": _size(found.feature_bytes),
+        f"image features, {'if they are cached' if cache is None else 'in ' + str(cache)}": _size(found.feature_bytes),
     }
     return _table("disk", rows)
 

@@ -78,7 +78,7 @@ def load_model(config: Config, directory: Path, device: torch.device) -> PackedM
     model = PackedModel(
         attach_lora(base, config.lora, seed=config.run.seed),
         backend,
-        recompute=config.model.recompute,
+        recompute=config.model.recompute or "none",
         compiled=config.run.compile,
         num_lengths=config.batch.pack_lengths,
     )
