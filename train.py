@@ -152,7 +152,8 @@ def save(run: Run, step: int, epoch: float) -> str | None:
     trained = run.engine.trained()
 
     def write() -> str | None:
-        assert trained is not None, "the main process has all weights"
+        """On the main process, which has all weights."""
+        assert trained is not None
         data, skipped = run.data.train.fingerprint, run.nonfinite.num_skipped
         state = TrainState(
             step=step,

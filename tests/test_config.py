@@ -107,7 +107,7 @@ def test_a_broken_recipe_is_one_message(tmp_path: Path, text: str) -> None:
 def test_sizes_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="one of the two"):
         load(None, ["data.resized_height=28", "data.resized_width=28", "data.max_pixels=9"])
-    with pytest.raises(UserError, match="feature_cache.*lora.merger"):
+    with pytest.raises(UserError, match=r"feature_cache.*lora\.merger"):
         load(None, ["model.feature_cache=kept", "lora.merger=true"])
     with pytest.raises(UserError, match="is above"):
         load(None, ["data.min_pixels=10", "data.max_pixels=9"])

@@ -18,7 +18,7 @@ from vl_dist.model.features import feature_space, spot_check
 from vl_dist.model.load import load_base
 from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
-from vl_dist.run.engine import with_idle_image
+from vl_dist.run.idle import with_idle_image
 from vl_dist.settings import LoraSettings
 
 IMAGES = ("rocket.jpg", "cat.jpg", "china.jpg", "flower.jpg", "coffee.jpg", "astronaut.jpg")

@@ -13,7 +13,8 @@ from vl_dist.model.load import load_base
 from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
-from vl_dist.run.engine import PlainEngine, num_values, with_idle_image
+from vl_dist.run.engine import PlainEngine, num_values
+from vl_dist.run.idle import with_idle_image
 from vl_dist.settings import LoraSettings, OptimConfig
 
 

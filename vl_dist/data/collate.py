@@ -25,41 +25,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from vl_dist.data.documents import Document, DocumentSize, make_document, padding
 from vl_dist.data.encode import Encoded, Encoder
 from vl_dist.data.features import FeatureReader
 from vl_dist.data.image_files import DEFAULT_LIMITS, ImageLimits
-from vl_dist.data.images import Grid, PatchShape, PixelBudget
+from vl_dist.data.images import PatchShape, PixelBudget
 from vl_dist.data.lengths import Dropped
 from vl_dist.data.pictures import ImageKey, ImageTensors, Picture, PictureLoader, features_first, image_keys
-from vl_dist.data.positions import mrope_positions
 from vl_dist.data.records import Example
 from vl_dist.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentSize:
-    """Tokens of one document."""
-
-    trunk: int
-    branches: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the pack."""
-        return self.trunk + sum(self.branches)
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document as numbers: the trunk's rows, then each branch's. A token at row t is predicted from row t - 1."""
-
-    input_ids: NDArray[np.int64]  # [T]
-    is_image: NDArray[np.bool_]  # [T]
-    positions: NDArray[np.int64]  # [3, T]
-    branch_ids: NDArray[np.int64]  # [T]
-    target_at: NDArray[np.int64]  # [N] rows of targets; one in the trunk stands once for each branch
-    grids: tuple[Grid, ...]
-    size: DocumentSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +217,7 @@ class Collator:
         num_tokens = sum(document.size.num_tokens for document in documents)
         # A filler keeps ranks in step: it runs the same layers and adds exactly nothing to loss and gradient.
         num_padding = max(1 if num_tokens == 0 else 0, (length or 0) - num_tokens)
-        rows = [*documents, _padding(num_padding)] if num_padding else documents
+        rows = [*documents, padding(num_padding)] if num_padding else documents
         starts = np.cumsum([0, *(document.size.num_tokens for document in rows)])
         input_ids = np.concatenate([document.input_ids for document in rows])
         target_at = np.concatenate([d.target_at + start for d, start in zip(rows, starts[:-1], strict=True)])
@@ -268,43 +242,7 @@ class Collator:
         )
 
 
-def make_document(encoded: Sequence[Encoded], merge_size: int) -> Document:
-    """One document of examples that have the same trunk.
-
-    Args:
-        encoded: of each example, trunk and branch together.
-        merge_size: patches merged along each side into one language-model token.
-    """
-    first, trunk = encoded[0], encoded[0].num_trunk
-    for other in encoded[1:]:
-        assert np.array_equal(other.input_ids[: trunk + 1], first.input_ids[: trunk + 1]), "trunks differ"
-    branches = tuple(one.num_tokens - trunk for one in encoded)
-    # A document's first token has no row before it in its own document, so it is never a target.
-    trunk_targets = np.flatnonzero(first.is_target[1:trunk]) + 1
-    own_targets = [np.flatnonzero(one.is_target[trunk:]) for one in encoded]
-    starts = trunk + np.cumsum([0, *branches[:-1]])
-    prompt = mrope_positions(first.is_image[: trunk + 1], first.grids, merge_size)
-    return Document(
-        input_ids=np.concatenate([first.input_ids[:trunk], *(one.input_ids[trunk:] for one in encoded)]),
-        is_image=np.concatenate([first.is_image[:trunk], np.zeros(sum(branches), dtype=np.bool_)]),
-        positions=np.concatenate([prompt[:, :trunk], *(prompt[:, trunk:] + np.arange(size) for size in branches)], axis=1),
-        branch_ids=np.repeat(np.arange(len(branches) + 1) * (len(branches) > 1), [trunk, *branches]),
-        target_at=np.concatenate(
-            [*[trunk_targets] * len(encoded), *(at + start for at, start in zip(own_targets, starts, strict=True))]
-        ),
-        grids=first.grids,
-        size=DocumentSize(trunk, branches),
-    )
-
-
 def _feature_rows(places: Sequence[int], ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """[V] which features the image of each place has; those of image n lie from `ends[n]` on."""
     rows = [np.arange(ends[n], ends[n + 1], dtype=np.int64) for n in places]
     return np.concatenate([np.empty(0, dtype=np.int64), *rows])
-
-
-def _padding(num_tokens: int) -> Document:
-    zeros = np.zeros(num_tokens, dtype=np.int64)
-    positions = np.tile(np.arange(num_tokens), (3, 1))
-    nothing = np.zeros(0, dtype=np.int64)
-    return Document(zeros, zeros.astype(np.bool_), positions, zeros, nothing, (), DocumentSize(num_tokens, ()))

@@ -8,6 +8,7 @@ Legend: T tokens of one example.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -178,24 +179,23 @@ class Encoder:
             raise UserError("The chat template drops, repeats or reorders texts; it cannot be used to build targets.")
         answers = _answer_indices(messages)
         pieces: list[Piece] = []
-        num_images = 0
+        images = itertools.count()
         for n, text in enumerate(cuts[0::2]):
-            for part in self._specials.split(text):
-                if part == self._image_token:
-                    pieces.append(ImageSlot(num_images))
-                    num_images += 1
-                elif part in self._added:
-                    pieces.append(Special(self._added[part], part))
-                elif part:
-                    pieces.append(Literal(part))
+            pieces += [self._fixed_piece(part, images) for part in self._specials.split(text) if part]
             if n < count:
                 pieces.append(TextSlot(n, n in answers))
-        self._check_template(messages, pieces, num_images)
+        self._check_template(messages, pieces, next(images))
         last = max(n for n, piece in enumerate(pieces) if isinstance(piece, TextSlot))
         end = next((n for n in range(last + 1, len(pieces)) if isinstance(pieces[n], Special)), None)
         if end is None:
             raise UserError("The chat template ends an assistant turn without a special token; set another template.")
         return tuple(pieces[: end + 1])
+
+    def _fixed_piece(self, part: str, images: Iterator[int]) -> Piece:
+        """What the template itself writes: the place of the next image, a special token, or text."""
+        if part == self._image_token:
+            return ImageSlot(next(images))
+        return Special(self._added[part], part) if part in self._added else Literal(part)
 
     def _check_template(self, messages: Sequence[Message], pieces: list[Piece], num_images: int) -> None:
         wanted = sum(isinstance(part, ImagePart) for message in messages for part in message.parts)

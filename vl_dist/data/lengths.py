@@ -219,9 +219,7 @@ def fit(
         UserError: an example is too long and `overflow` is `error`.
     """
     kept = np.ones(len(examples), dtype=np.bool_)
-    smaller: dict[
-        int, tuple[int, tuple[int, int, int, int, int]]
-    ] = {}  # by example: its bound in pixels, and its new sizes
+    smaller: dict[int, tuple[int, tuple[int, ...]]] = {}  # by example: its bound in pixels, and its new sizes
     dropped: list[Dropped] = []
     for n in np.flatnonzero(lengths.tokens > max_tokens).tolist():
         example = examples[n]

@@ -16,7 +16,7 @@ from vl_dist.forecast.steps import StepFigures, measure_steps
 from vl_dist.model.flops import FlopCounter, LoraSize, ModelShape, read_shape
 from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_processor, patch_shape
-from vl_dist.model.targets import choose_targets, linear_layers, lora_size
+from vl_dist.model.targets import Targets, choose_targets, linear_layers, lora_size
 from vl_dist.settings import Config
 from vl_dist.shapes import make_shapes
 
@@ -67,14 +67,7 @@ def make_forecast(config: Config, *, world_size: int, on_progress: Progress) -> 
         max_tokens=config.batch.max_tokens_per_pack,
         num_pack_lengths=config.batch.pack_lengths,
     )
-    training = Training(
-        rank=config.lora.r,
-        targets=tuple({name.rsplit(".", 1)[-1]: None for name in targets.layers["language model"]}),
-        has_dropout=config.lora.dropout > 0,
-        base_bytes=BASE_BYTES[config.model.dtype],
-        eager=config.model.attention == "eager",
-        recompute=config.model.recompute or "none",
-    )
+    training = _training(config, targets)
     return Forecast(
         config=config,
         world_size=world_size,
@@ -89,6 +82,18 @@ def make_forecast(config: Config, *, world_size: int, on_progress: Progress) -> 
         checkpoint_bytes=3 * FLOAT32 * adapter.total,
         feature_bytes=_distinct_image_tokens(data, model) * model.hidden * training.base_bytes,
         notes=tuple(_notes(config)),
+    )
+
+
+def _training(config: Config, targets: Targets) -> Training:
+    """What of the settings decides on memory."""
+    return Training(
+        rank=config.lora.r,
+        targets=tuple({name.rsplit(".", 1)[-1]: None for name in targets.layers["language model"]}),
+        has_dropout=config.lora.dropout > 0,
+        base_bytes=BASE_BYTES[config.model.dtype],
+        eager=config.model.attention == "eager",
+        recompute=config.model.recompute or "none",
     )
 
 

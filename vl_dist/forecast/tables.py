@@ -28,11 +28,11 @@ def tables(found: Forecast) -> Iterator[Table | Text]:
     )
     yield _lengths(found)
     yield _memory(found)
-    largest = found.figures.largest
+    largest, recompute = found.figures.largest, found.config.model.recompute or "none"
     yield Text(
         f"For the largest packs measured: {largest.tokens:,} tokens, {largest.targets:,} targets, {largest.patches:,} "
         "patches. The adapter is with its gradients and moments; activations are those that "
-        f"model.recompute={found.config.model.recompute or 'none'} keeps; working are logits and the widest gradients. CUDA's own "
+        f"model.recompute={recompute} keeps; working are logits and the widest gradients. CUDA's own "
         "context, the allocator's waste and communication buffers come on top.\n"
     )
     if found.memory[3].total > found.memory[0].total:

@@ -95,7 +95,7 @@ class PackedModel(nn.Module):
         language_model = self._base.model.language_model
         embeddings = language_model.embed_tokens(batch.input_ids)
         if batch.num_images:  # an idle one counts
-            # One image may stand in several places, and an idle one stands in none (`run.engine.with_idle_image`).
+            # One image may stand in several places, and an idle one stands in none (`run.idle`).
             features = self.image_features(batch).index_select(0, batch.feature_rows)
             embeddings = embeddings.index_copy(0, batch.image_rows, features.to(embeddings.dtype))
         output = language_model(

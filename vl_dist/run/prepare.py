@@ -84,37 +84,20 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         UserError: anything that the settings name cannot be used.
     """
     ranks, console = session.ranks, session.console
-    if config.shapes is not None:
-        shapes = config.shapes
-        made = ranks.on_main(lambda: make_shapes(shapes))
-        if made is not None:
-            console.say(made)
-    model_dir = ranks.on_main(lambda: find_model(config.model))
+    model_dir = _model_dir(config, session)
     processor = load_processor(model_dir)
     with console.measuring() as on_progress:
         data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
     targets, flops = _what_trains(config, model_dir)
     frequency = load_frequency(config.eval, ranks)
     model, restored = _model(config, session, model_dir, data, start)
-    features: AbstractContextManager[Any] = contextlib.nullcontext()
-    if config.model.feature_cache is not None:
-        train, features = fill_while_training(config.model.feature_cache, model, data.train, ranks, console.say)
-        data = replace(data, train=train)
+    data, features = _features(config, session, model, data)
     engine = make_engine(model, ranks, config.optim, session.launch)
     if restored is not None:
         engine.restore_moments(restored.moments, restored.state.updates)
     plan, first_step = data.plan(config), restored.state.step if restored is not None else 0
     record, late = _records(config, session, data, plan, start, first_step)
-    tracking = begin_tracking(
-        config,
-        session.wandb,
-        os.environ,
-        held_out=data.held_out,
-        first_step=first_step,
-        known_run=_wandb_run(config, restored, start),
-        is_main=ranks.is_main,
-        say=console.say,
-    )
+    tracking = _tracking(config, session, data, restored, start)
     return Run(
         config=config,
         ranks=ranks,
@@ -139,10 +122,47 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
     )
 
 
+def _model_dir(config: Config, session: Session) -> Path:
+    """Where the model's files are; the embedded default's are made if need be (all ranks)."""
+    if config.shapes is not None:
+        shapes = config.shapes
+        made = session.ranks.on_main(lambda: make_shapes(shapes))
+        if made is not None:
+            session.console.say(made)
+    return session.ranks.on_main(lambda: find_model(config.model))
+
+
+def _features(
+    config: Config, session: Session, model: PackedModel, data: RunData
+) -> tuple[RunData, AbstractContextManager[Any]]:
+    """The data, reading the feature cache if there is one, and what surrounds the loop to fill it (all ranks)."""
+    root = config.model.feature_cache
+    if root is None:
+        return data, contextlib.nullcontext()
+    train, fill = fill_while_training(root, model, data.train, session.ranks, session.console.say)
+    return replace(data, train=train), fill
+
+
 def _what_trains(config: Config, model_dir: Path) -> tuple[Targets, FlopCounter]:
     """The layers that get LoRA, and what a step costs with them; before weights are paid for."""
     shape = read_shape(model_dir)
     return choose_targets(config.lora, linear_layers(shape)), FlopCounter(shape, lora_size(shape, config.lora))
+
+
+def _tracking(
+    config: Config, session: Session, data: RunData, restored: Restored | None, start: directory.Start
+) -> Tracking:
+    """The trackers, going on with the run that they know, if there is one."""
+    return begin_tracking(
+        config,
+        session.wandb,
+        os.environ,
+        held_out=data.held_out,
+        first_step=restored.state.step if restored is not None else 0,
+        known_run=_wandb_run(config, restored, start),
+        is_main=session.ranks.is_main,
+        say=session.console.say,
+    )
 
 
 def _wandb_run(config: Config, restored: Restored | None, start: directory.Start) -> str | None:
