@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.examples import SEVEN
+from tests.examples import SEVEN, cached_collator, packed_model
 from tests.model.test_shared_prefix import GROUPS
 from train import train_step
 from vl_dist.data.collate import Batch, Collator
@@ -25,6 +25,7 @@ from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import PlainEngine
+from vl_dist.run.features import FeatureFill
 from vl_dist.settings import LoraSettings, OptimConfig
 
 ALLOWED = ["item", "aten._local_scalar_dense.default"]  # one read, seen from both sides: is everything a number?
@@ -106,6 +107,23 @@ def test_a_step_reads_no_more_than_it_must(run: Any, collator: Collator) -> None
     packs = some_packs(collator)
     train_step(packs, run)  # the optimizer makes its state in the first one
     assert reads_of(lambda: train_step(packs, run)) == ALLOWED
+
+
+def test_a_step_that_reads_and_fills_the_feature_cache_reads_the_device_no_more(
+    tiny_model: Path, collator: Collator, tmp_path: Path
+) -> None:
+    model = packed_model(tiny_model, dropout=0.05)
+    cached = cached_collator(collator, model, ("rocket.jpg", "cat.jpg"), tmp_path)
+    engine = PlainEngine(model, Ranks(Accelerator(cpu=True)), OptimConfig(max_grad_norm=0.5))
+    run: Any = SimpleNamespace(ranks=Ranks(Accelerator(cpu=True)), engine=engine)
+    packs = some_packs(cached)
+    assert packs[0].num_cached_images == 2 and packs[0].num_encoded_images > 0
+    (tmp_path / "new").mkdir()
+    with FeatureFill(tmp_path / "new", lambda text: pytest.fail(text)) as fill:
+        train_step(packs, run)
+        model.keep_features = fill
+        assert reads_of(lambda: train_step(packs, run)) == ALLOWED
+    assert len(list((tmp_path / "new").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
