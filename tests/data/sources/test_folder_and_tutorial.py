@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
+from tests.commands import ROOT
 from tests.data.sources.made import CAPTIONS, answers, official_coco, prepare, read_back, skipped
+from vl_dist.config import load
 from vl_dist.data.records import examples_of
-from vl_dist.data.sources.write import choose_root
+from vl_dist.data.sources.command import closing_message
+from vl_dist.data.sources.write import Prepared, choose_root
 from vl_dist.errors import UserError
+from vl_dist.rules import held_out_count
 
 
 def test_images_with_text_files_become_records_of_one_caption_a_line(tmp_path: Path, photos: Path) -> None:
@@ -43,6 +47,21 @@ def test_the_next_command_that_is_said_can_be_typed_as_it_stands(
     assert settings["data.train"] == str(tmp_path / "out" / "records.jsonl")
     assert settings["data.image_root"] == str(folder)
     assert settings["data.eval"] == "null"  # the recipe holds four records out; here is only one
+
+
+@pytest.mark.parametrize(
+    ("num_records", "num_examples", "recipe"),
+    [(82_783, 414_113, "coco2014_fast"), (414_113, 414_113, "coco2014_tutorial"), (100, 500, "coco2014_tutorial")],
+)
+def test_many_images_with_several_answers_each_are_for_the_fast_recipe(
+    num_records: int, num_examples: int, recipe: str
+) -> None:
+    made = Prepared("records.jsonl", num_records, num_examples, num_records, None, {})
+    said = closing_message(made, Path("out"), was_there=False).splitlines()[-1]
+    assert f" recipes/{recipe}.yaml data.train=out/records.jsonl model.path=" in said
+    config = load(ROOT / "recipes" / f"{recipe}.yaml")
+    assert config.data.eval is not None and 10 * held_out_count(config.data.eval) <= num_records
+    assert config.data.share_prefix == (recipe == "coco2014_fast")
 
 
 @pytest.mark.parametrize(("made", "said"), [(False, "There is no folder"), (True, "holds no image (.bmp, .gif")])

@@ -20,6 +20,7 @@ from vl_dist.errors import UserError
 TUTORIAL_EXAMPLES = 500  # as many as the tutorial takes
 STOPPED = 85  # the exit code of what was stopped on request and can go on, as in training
 HELD_OUT = 4  # records that recipes/coco2014_tutorial.yaml holds out
+ENOUGH_FOR_FAST = 5_000  # records; recipes/coco2014_fast.yaml holds out 500 of them, and wants several answers to each
 
 
 def add_command(commands: Any) -> None:
@@ -193,6 +194,7 @@ def closing_message(prepared: Prepared, out: Path, *, was_there: bool) -> str:
     if prepared.num_records <= HELD_OUT:
         settings.append("data.eval=null")
     words = " ".join(shlex.quote(setting) for setting in settings)
-    command = "accelerate launch train.py recipes/coco2014_tutorial.yaml"
-    lines.append(f"Next: {command} {words} model.path=DIRECTORY_OF_THE_MODEL")
+    several_answers = prepared.num_examples > prepared.num_records >= ENOUGH_FOR_FAST
+    recipe = f"recipes/coco2014_{'fast' if several_answers else 'tutorial'}.yaml"
+    lines.append(f"Next: accelerate launch train.py {recipe} {words} model.path=DIRECTORY_OF_THE_MODEL")
     return "\n".join(lines)
