@@ -59,7 +59,7 @@ def launch(home: Path, *, account_imports: bool) -> Launched:
                 process.kill()
                 raise RuntimeError(f"no first step after {now:.0f} s:\n{errors.read_text()[-2000:]}")
             for line in printed.read_text().splitlines():
-                seen.setdefault(line.strip(), now)
+                seen.setdefault(line.strip().replace(str(home), "."), now)
             time.sleep(0.01)
         seconds = time.perf_counter() - started
         account = errors.read_text()  # imports up to here; what comes after the first step does not count
