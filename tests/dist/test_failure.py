@@ -14,7 +14,7 @@ from tests.dist.test_resume import DDP, ZERO3, Layout, words
 from tests.examples import packed_model
 from tests.processes import start_ranks, train_main
 from tests.run.wandb_files import read_starts
-from vl_dist.data import collate
+from vl_dist.data import pictures
 from vl_dist.data.collate import Batch
 from vl_dist.model.packed import PackedModel
 from vl_dist.run import alive
@@ -33,12 +33,12 @@ def fail(arguments: list[str], how: str, failing_rank: int) -> int:
     alive.Watch.__init__.__kwdefaults__["between_s"] = 0.5
     if int(os.environ["RANK"]) != failing_rank:
         return train_main(arguments)
-    forward, load = PackedModel.forward, collate.load_image
+    forward, load = PackedModel.forward, pictures.load_image
     begun: list[float] = []
 
     def dying(self: PackedModel, batch: Batch) -> torch.Tensor:
         begun.append(time.monotonic())
-        if len(begun) > 4:
+        if len(begun) > 10:
             os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
         return forward(self, batch)
 
@@ -49,7 +49,7 @@ def fail(arguments: list[str], how: str, failing_rank: int) -> int:
         return load(path)
 
     if how == "stands still":
-        collate.load_image = waiting_for_a_disk_that_never_answers
+        pictures.load_image = waiting_for_a_disk_that_never_answers
     else:
         PackedModel.forward = dying  # type: ignore[method-assign]
     return train_main(arguments)
@@ -64,7 +64,7 @@ def test_the_others_end_and_name_the_rank_that_is_lost(home: Path, how: str, fai
     run = home / f"{how.replace(' ', '-')}-{failing_rank}-{layout.name}"
     log = run.with_suffix(".log")
     tracked = ["log.wandb=offline"] if how == "stands still" else []
-    arguments = [*words(home, run, 0.0), *tracked, f"run.stall_timeout={4 if how == 'stands still' else 60}"]
+    arguments = [*words(home, run, 0.0), *tracked, "run.self_test=false", f"run.stall_timeout={4 if how == 'stands still' else 60}"]
     started = start_ranks(fail, arguments, how, failing_rank, world_size=2, log=log, config_file=layout.config_file)
     lost, other = started.processes[failing_rank], started.processes[1 - failing_rank]
     if how == "dies":

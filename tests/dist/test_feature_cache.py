@@ -58,6 +58,12 @@ def losses(home: Path, name: str) -> list[float]:
     return [row["train/loss"] for row in read_rows(home / name / "metrics.jsonl") if "train/loss" in row]
 
 
+def assert_same_losses(found: list[float], wanted: list[float]) -> None:
+    """The first steps to 1e-5; after some more, Adam has made what was rounded otherwise a little larger."""
+    assert found[:3] == pytest.approx(wanted[:3], rel=1e-5)
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
 def patch_rates(home: Path, name: str) -> list[float]:
     return [row["perf/patches_per_s"] for row in read_rows(home / name / "metrics.jsonl") if "train/loss" in row]
 
@@ -95,7 +101,7 @@ def test_a_cache_that_an_interrupted_run_filled_is_the_one_filled_ahead_and_the_
     printed = go(home, "lazy", "zero3.yaml", cache)
     assert "some were compared with a live pass" in printed
     assert_same_features(cached(home / "c-lazy"), ahead)
-    assert losses(home, "lazy") == pytest.approx(plain, rel=1e-5)
+    assert_same_losses(losses(home, "lazy"), plain)
     rates = patch_rates(home, "lazy")
     # Step 6 shows images that step 3, of the same start, encoded: they are on disk at the end only.
     assert rates[0] > 0 and rates[3:5] == [0.0, 0.0]
@@ -106,7 +112,7 @@ def test_with_a_cache_filled_ahead_no_step_needs_the_tower(
 ) -> None:
     cache = f"model.feature_cache={home / 'c-ahead'}"
     go(home, "hits", "cpu.yaml", cache, "data.share_prefix=true", "data.num_workers=1")
-    assert losses(home, "hits") == pytest.approx(plain, rel=1e-5)
+    assert_same_losses(losses(home, "hits"), plain)
     assert patch_rates(home, "hits") == [0.0] * NUM_STEPS
 
 
@@ -134,7 +140,7 @@ def train_on_a_full_disk(arguments: list[str]) -> int:
 def test_a_full_disk_is_one_warning_and_training_goes_on_with_the_tower(home: Path, plain: list[float]) -> None:
     printed = go(home, "full", "cpu.yaml", f"model.feature_cache={home / 'c-full'}", action=train_on_a_full_disk)
     assert printed.count("takes no more images") == printed.count("No space left on device") == 1
-    assert losses(home, "full") == pytest.approx(plain, rel=1e-5)
+    assert_same_losses(losses(home, "full"), plain)
     assert all(rate > 0 for rate in patch_rates(home, "full"))
 
 
