@@ -75,7 +75,7 @@ def coco(home: Path, *, quick: bool, on_gpu: bool) -> Workload:
         vocabulary=QUARTER_VOCABULARY,
         model_note="tiny" if quick else "a quarter as wide and as deep",
         texts=(*WORDS, CAPTION),
-        rounds=1 if quick else 5,
+        rounds=1 if quick else 5 if on_gpu else 3,
         num_compared=4 * CAPTIONS,
         pack_tokens=16384 if on_gpu else 4096,
         examples_per_step=160 if on_gpu else 20,

@@ -74,8 +74,8 @@ def self_test(model: PackedModel, data: LoadedData, device: torch.device) -> Fin
     model.eval()  # no dropout
     try:
         with out_of_memory_named(pack):
-            loss, gradient = _loss_and_gradient(model, [pack.to(device)])
-            wanted_loss, wanted_gradient = _loss_and_gradient(model, [one.to(device) for one in alone])
+            loss, gradient = loss_and_gradient(model, [pack.to(device)])
+            wanted_loss, wanted_gradient = loss_and_gradient(model, [one.to(device) for one in alone])
             leak = largest_leak(model, pack.to(device))
     finally:
         model.train(was_training)
@@ -117,7 +117,7 @@ def small_documents(data: LoadedData) -> list[list[Example]]:
     return [[data.examples[int(n)] for n in group] for group in members]
 
 
-def _loss_and_gradient(model: PackedModel, packs: Sequence[Batch]) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(model: PackedModel, packs: Sequence[Batch]) -> tuple[float, torch.Tensor]:
     """Summed over packs; the gradient as one vector, and the parameters' own are not touched."""
     parameters = list(model.lora_parameters.values())
     total, vector = 0.0, torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
