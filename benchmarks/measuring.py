@@ -47,12 +47,14 @@ def counts_of(task: Task) -> dict[str, int]:
     }
 
 
-def seconds_of(way: Way) -> float:
-    """One round."""
+def seconds_of(way: Way, at_least_s: float = 0.0) -> float:
+    """All examples once: the mean of as many passes as take so long, for the first steps after another way are slower."""
     train = way.begin()
-    started = time.perf_counter()
-    train()
-    return time.perf_counter() - started
+    started, passes, taken = time.perf_counter(), 0, 0.0
+    while passes == 0 or taken < at_least_s:
+        train()
+        passes, taken = passes + 1, time.perf_counter() - started
+    return taken / passes
 
 
 def best_batch(tutorial: Tutorial, batches: Sequence[int]) -> tuple[Way, dict[str, float | None]]:
@@ -75,15 +77,25 @@ def best_batch(tutorial: Tutorial, batches: Sequence[int]) -> tuple[Way, dict[st
 
 
 def measure(
-    ways: Sequence[Way], counts: Mapping[str, int], rounds: int, apart: Sequence[float], device: torch.device
+    ways: Sequence[Way],
+    counts: Mapping[str, int],
+    rounds: int,
+    apart: Sequence[float],
+    device: torch.device,
+    *,
+    turn_s: float = 0.0,
 ) -> list[Speed]:
-    """All ways in turn, `rounds` times, after one round that does not count; in that round memory is looked at."""
+    """All ways in turn, `rounds` times, after one round that does not count; in that round memory is looked at.
+
+    Args:
+        turn_s: a turn goes over the examples until it has lasted so long.
+    """
     seconds: list[list[float]] = [[] for _ in ways]
     peaks: list[float | None] = []
     for n in range(rounds + 1):
         for way, taken in zip(ways, seconds, strict=True):
             if n:
-                taken.append(seconds_of(way))
+                taken.append(seconds_of(way, turn_s))
                 continue
             with PeakMemory(device) as memory:
                 seconds_of(way)

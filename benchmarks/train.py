@@ -25,6 +25,7 @@ from benchmarks.workloads import WORKLOADS
 
 TOLERANCE = 1e-4  # relative difference of gradients in float32
 ROUGH_TOLERANCE = 5e-2  # in bfloat16
+TURN_S = 8.0  # least length of a turn
 
 
 def ways_of(task: Task) -> list[Way]:
@@ -63,12 +64,14 @@ def compare(home: Path, name: str, *, on_gpu: bool, quick: bool) -> tuple[list[A
     best, tried = best_batch(tutorial, workload.tutorial_batches[:1] if quick else workload.tutorial_batches)
     ways, apart = [ways[0], best, *ways[1:]], [apart[0], apart[0], *apart[1:]]
     counts = counts_of(task)
-    speeds = measure(ways, counts, workload.rounds, apart, task.ranks.device)
+    turn_s = 0.0 if quick else TURN_S
+    speeds = measure(ways, counts, workload.rounds, apart, task.ranks.device, turn_s=turn_s)
     model = "Qwen2-VL-2B's shape" if on_gpu else f"Qwen2-VL-2B's proportions, {workload.model_note}"
     about = {
         "workload": name,
         "counts": counts,
         "rounds": workload.rounds,
+        "least_seconds_of_a_turn": turn_s,
         "model": f"{model}, {str(task.dtype).removeprefix('torch.')}, random weights",
         "tutorial_batches_tried": tried,
         "missing": missing,
