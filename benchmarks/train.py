@@ -12,6 +12,7 @@ Writes the figures as JSON, and a PNG beside it. TRL is measured where benchmark
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,14 @@ def peers_of(task: Task) -> tuple[list[Way], list[str]]:
     return [], ["TRL's SFTTrainer was not measured: pip install -r benchmarks/requirements.txt"]
 
 
-def compare(home: Path, name: str, *, on_gpu: bool, quick: bool) -> tuple[list[Any], dict[str, Any]]:
-    """The speed of every way, and what must be known of how it was measured."""
+def compare(home: Path, name: str, *, on_gpu: bool, quick: bool, rounds: int | None) -> tuple[list[Any], dict[str, Any]]:
+    """The speed of every way, and what must be known of how it was measured.
+
+    Args:
+        rounds: instead of the workload's own.
+    """
     workload = WORKLOADS[name](home, quick=quick, on_gpu=on_gpu)
+    workload = workload if rounds is None else replace(workload, rounds=rounds)
     task = Task(home, workload, on_gpu=on_gpu)
     tutorial = Tutorial(task)
     peers, missing = peers_of(task)
@@ -84,13 +90,15 @@ def main() -> None:
     parser = parser_of("Training speed beside the tutorial's loop and TRL's SFTTrainer.", "train")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="coco")
+    parser.add_argument("--rounds", type=int, help="turns of each way that count (default: 3 on a CPU, 5 on a GPU)")
     given = parser.parse_args()
     if given.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     no_progress_bars()
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory).resolve()
-        speeds, about = compare(home, given.workload, on_gpu=given.device == "cuda", quick=given.quick)
+        on_gpu = given.device == "cuda"
+        speeds, about = compare(home, given.workload, on_gpu=on_gpu, quick=given.quick, rounds=given.rounds)
     write_json(given.out, "train", as_rows(speeds), device=given.device, quick=given.quick, **about)
     draw(speeds, given.out.with_suffix(".png"))
     show(speeds, f"{given.workload} on {given.device}; {about['model']}", about["missing"])
