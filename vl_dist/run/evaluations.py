@@ -30,8 +30,10 @@ def evaluate_what_is_missing(run: Run, stop: StopRequest) -> bool:
         False where such a request came again.
     """
     step = run.first_step
+    if not is_evaluated(run, step):
+        return True
     row = run.ranks.on_main(lambda: run.record.row(step))
-    if not is_evaluated(run, step) or (row is None and step > 0) or (row is not None and scores_of(row)):
+    if (row is None and step > 0) or (row is not None and scores_of(row)):
         return True
     # Signals and STOP do cut it, a time limit does not: one that is shorter would keep the run from ever making a step.
     scores = evaluate_now(run, step, lambda: stop.reason is not None)
