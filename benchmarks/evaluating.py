@@ -26,8 +26,7 @@ BOUND_S = 30.0
 # Where the parts of an evaluation are: module, function, what it does.
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (held_out, "_mean_loss", "loss: images decoded, packs, forward"),
-    (held_out, "_answer", "captions: all of it"),
-    (decode, "answer_batch", "captions: generation alone"),
+    (decode, "answer_batch", "captions: generation"),
     (held_out, "score_captions", "scores"),
 )
 
