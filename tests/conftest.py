@@ -17,9 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.real_shape import config_2b
 from vl_dist.data.collate import Collator
 from vl_dist.data.encode import Encoder
 from vl_dist.data.images import PatchShape, PixelBudget
+from vl_dist.model.flops import ModelShape, read_shape
 from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.tiny import TinySize, make_tiny_model
 
@@ -88,3 +90,10 @@ def collator(photo_collator: Collator) -> Collator:
 def photo_collator(encoder: Encoder, processor: Any, photos: Path, shape: PatchShape) -> Collator:
     budget = PixelBudget(min_pixels=56 * 56, max_pixels=84 * 112)
     return Collator(encoder, processor.image_processor, roots=[photos], budget=budget, shape=shape)
+
+
+@pytest.fixture(scope="session")
+def shape_2b(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    directory: Path = tmp_path_factory.mktemp("2b")
+    config_2b().save_pretrained(directory)
+    return read_shape(directory)

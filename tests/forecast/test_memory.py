@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.real_shape import config_2b
 from tests.conftest import SMALL, TEXTS
 from tests.examples import SEVEN
 from vl_dist.data.collate import Batch, Collator
@@ -102,13 +101,6 @@ def test_a_layer_keeps_what_is_predicted(
         kept.append(kept_by_autograd(PackedModel(adapted, backend, recompute=recompute).train(), batch))
         predicted.append(kept_activations(read_shape(directory), training, batch.num_tokens))
     assert kept[1] - kept[0] == pytest.approx(predicted[1] - predicted[0], rel=0.01)
-
-
-@pytest.fixture(scope="module")
-def shape_2b(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
-    directory: Path = tmp_path_factory.mktemp("2b")
-    config_2b().save_pretrained(directory)
-    return read_shape(directory)
 
 
 def test_the_2b_and_a_tiny_model_have_the_predicted_number_of_weights(shape_2b: ModelShape, tiny_model: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from benchmarks.real_shape import config_2b
 from vl_dist.errors import UserError
 from vl_dist.model.flops import FlopCounter, ModelShape, read_shape
 from vl_dist.model.load import load_base
@@ -29,13 +28,6 @@ CHOICES = [
 @pytest.fixture(scope="module")
 def shape(tiny_model: Path) -> ModelShape:
     return read_shape(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def shape_2b(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
-    directory: Path = tmp_path_factory.mktemp("2b")
-    config_2b().save_pretrained(directory)
-    return read_shape(directory)
 
 
 def test_the_linear_layers_of_a_config_are_those_of_the_model(tiny_model: Path, shape: ModelShape) -> None:

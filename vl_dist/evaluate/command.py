@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from vl_dist.adapter.options import add_adapter, add_inference, asked_budget, refuse_bad_batch_size, say_difference
-from vl_dist.errors import SharedError, UserError
+from vl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from vl_dist.evaluate.held_out import Evaluation
@@ -78,16 +78,12 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     """The same on every rank; the main process speaks."""
     from vl_dist.evaluate.records import plain_launch
-    from vl_dist.run.distributed import Ranks
+    from vl_dist.run.distributed import Ranks, said_once
 
     refuse_bad_batch_size(arguments)
     ranks = Ranks.start(plain_launch(os.environ), cpu_threads=None)
-    try:
+    with said_once(ranks):
         _evaluate_on(ranks, arguments)
-    except SharedError:
-        if ranks.is_main:
-            raise
-        raise SystemExit(2) from None  # every rank has met the same error, and one says it
     ranks.close()
 
 

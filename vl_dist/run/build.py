@@ -1,5 +1,6 @@
 """From settings to the objects that the loop uses: data, then model, each checked before the next is paid for."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,25 @@ from vl_dist.errors import SharedError
 from vl_dist.evaluate.held_out import read_frequency
 from vl_dist.evaluate.scores import DocumentFrequency
 from vl_dist.model.attention import resolve_backend
+from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_base, refuse_quantize, resolve_dtype
 from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
 from vl_dist.settings import Config, EvalConfig
+from vl_dist.shapes import make_shapes
 
 SECONDS_TO_LET_MAIN_BEGIN = 2.0  # so that the process with a console is the one that shows how measuring goes
+
+
+def model_directory(config: Config, ranks: Ranks, say: Callable[[str], None]) -> Path:
+    """Where the model's files are; the embedded default's are made if need be (all ranks)."""
+    if config.shapes is not None:
+        shapes = config.shapes
+        made = ranks.on_main(lambda: make_shapes(shapes))
+        if made is not None:
+            say(made)
+    return ranks.on_main(lambda: find_model(config.model))
 
 
 def load_data(config: Config, processor: Any, shape: PatchShape, ranks: Ranks, on_progress: Progress) -> RunData:

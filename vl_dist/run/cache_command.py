@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vl_dist.config import load, split_words
-from vl_dist.errors import SharedError, UserError
+from vl_dist.errors import UserError
 from vl_dist.settings import Config
 
 if TYPE_CHECKING:
@@ -39,19 +39,15 @@ def add_command(commands: Any) -> None:
 def _cache(arguments: argparse.Namespace) -> None:
     """The same on every rank; the main process speaks."""
     from vl_dist.evaluate.records import plain_launch  # torch is slow to import; other commands do without
-    from vl_dist.run.distributed import Ranks
+    from vl_dist.run.distributed import Ranks, said_once
 
     recipe, words = split_words(arguments.words)
     config = load(recipe, words)
     if config.model.feature_cache is None:
         raise UserError("model.feature_cache is null; it says where the features go. Add model.feature_cache=FOLDER.")
     ranks = Ranks.start(plain_launch(os.environ, "cache"), cpu_threads=config.run.cpu_threads)
-    try:
+    with said_once(ranks):
         _fill_and_tell(config, ranks)
-    except SharedError:
-        if ranks.is_main:
-            raise
-        raise SystemExit(2) from None  # every rank has met the same error, and one says it
     ranks.close()
 
 
@@ -82,17 +78,12 @@ def fill(config: Config, ranks: "Ranks", *, say: Callable[[str], None], on_progr
         UserError: as for training, or the disk is too small.
     """
     from vl_dist.data.loader import load_images
-    from vl_dist.model.hub import find_model
     from vl_dist.model.load import load_processor, patch_shape
-    from vl_dist.run.build import load_data, load_model
+    from vl_dist.run.build import load_data, load_model, model_directory
     from vl_dist.run.features import FeatureFill, distinct_images, open_cache
-    from vl_dist.shapes import make_shapes
 
     assert config.model.feature_cache is not None
-    if config.shapes is not None:
-        shapes = config.shapes
-        ranks.on_main(lambda: make_shapes(shapes))
-    model_dir = ranks.on_main(lambda: find_model(config.model))
+    model_dir = model_directory(config, ranks, say)
     processor = load_processor(model_dir)
     data = load_data(config, processor, patch_shape(model_dir, processor), ranks, lambda what, done, total: None).train
     model = load_model(config, model_dir, ranks.device)

@@ -213,6 +213,21 @@ def _with_deepspeed(settings: dict[str, Any], timeout: timedelta | None, *, on_c
     return accelerator
 
 
+@contextlib.contextmanager
+def said_once(ranks: Ranks) -> Iterator[None]:
+    """Around a command that every rank runs: of an error that all of them meet, the main process alone speaks.
+
+    Raises:
+        SystemExit: on the other ranks, with the same code.
+    """
+    try:
+        yield
+    except SharedError:
+        if ranks.is_main:
+            raise
+        raise SystemExit(2) from None
+
+
 def launched_rank() -> int:
     """The rank that the launcher gave this process, before any process group exists."""
     return int(os.environ.get("RANK", "0"))

@@ -14,14 +14,13 @@ from vl_dist.errors import UserError
 from vl_dist.evaluate.scores import DocumentFrequency
 from vl_dist.model.compilation import refuse_without_compiler
 from vl_dist.model.flops import FlopCounter, read_shape
-from vl_dist.model.hub import find_model
 from vl_dist.model.load import load_processor, patch_shape
 from vl_dist.model.packed import PackedModel
 from vl_dist.model.targets import Targets, choose_targets, linear_layers, lora_size
 from vl_dist.run import directory
 from vl_dist.run.alive import Watch
 from vl_dist.run.best import BestCheckpoint
-from vl_dist.run.build import load_data, load_frequency, load_model
+from vl_dist.run.build import load_data, load_frequency, load_model, model_directory
 from vl_dist.run.checkpoint import Restored, restore
 from vl_dist.run.console import RunConsole
 from vl_dist.run.distributed import Ranks
@@ -37,7 +36,6 @@ from vl_dist.run.trackers import begin_tracking
 from vl_dist.run.tracking import Tracking
 from vl_dist.run.wandb_tracker import Mode
 from vl_dist.settings import Config
-from vl_dist.shapes import make_shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +82,7 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         UserError: anything that the settings name cannot be used.
     """
     ranks, console = session.ranks, session.console
-    model_dir = _model_dir(config, session)
+    model_dir = model_directory(config, ranks, console.say)
     processor = load_processor(model_dir)
     with console.measuring() as on_progress:
         data = load_data(config, processor, patch_shape(model_dir, processor), ranks, on_progress)
@@ -120,16 +118,6 @@ def prepare(config: Config, session: Session, start: directory.Start) -> Run:
         first_step=first_step,
         first_epoch=restored.state.epoch if restored is not None else 0.0,
     )
-
-
-def _model_dir(config: Config, session: Session) -> Path:
-    """Where the model's files are; the embedded default's are made if need be (all ranks)."""
-    if config.shapes is not None:
-        shapes = config.shapes
-        made = session.ranks.on_main(lambda: make_shapes(shapes))
-        if made is not None:
-            session.console.say(made)
-    return session.ranks.on_main(lambda: find_model(config.model))
 
 
 def _features(
