@@ -134,3 +134,24 @@ def test_rank_stabilised_scaling_is_kept_and_dora_is_left_to_peft(tiny_model: Pa
 def test_a_target_on_the_tower_is_rounded_too(tiny_model: Path) -> None:
     settings = LoraSettings(r=2, target_modules=("q_proj", "qkv"), tower=True)
     assert rounded(attach_lora(load_base(tiny_model, torch.bfloat16, "sdpa"), settings, seed=0)) == 2 * (2 + 2)
+
+
+def test_the_update_is_written_into_what_the_base_gave_and_into_nothing_that_others_see() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = RoundedLinear(3, 5, bias=False)
+    inputs = torch.randn(2, 4, 3, generator=generator, requires_grad=True)
+    onto = torch.randn(2, 4, 5, generator=generator, requires_grad=True)
+    wanted = onto + 0.5 * torch.nn.functional.linear(inputs, layer.weight)
+    weights = torch.randn(2, 4, 5, generator=generator)
+    expected = torch.autograd.grad((wanted * weights).sum(), [onto, inputs, layer.weight])
+    given, viewed = onto * 1.0, (onto * 1.0).view(8, 5).view(2, 4, 5)
+    for made, in_place in ((given, True), (viewed, False)):
+        before = made.detach().clone()
+        found = layer(inputs, onto=made, scale=0.5)
+        torch.testing.assert_close(found, wanted)
+        assert (found.data_ptr() == made.data_ptr()) == in_place
+        assert in_place or torch.equal(made, before), "ZeRO-3 still holds what a view is a view of"
+        for one, other in zip(
+            torch.autograd.grad((found * weights).sum(), [onto, inputs, layer.weight]), expected, strict=True
+        ):
+            torch.testing.assert_close(one, other)

@@ -1,7 +1,8 @@
 """Memory of one rank, predicted from the model's shape: what lies there all the time, and what one pack adds.
 
 The activations are those that autograd keeps in this project's forward of Qwen2-VL with PEFT's LoRA, layer by layer; a test
-counts them on a small model. Not predicted are CUDA's own context, the allocator's waste and communication buffers.
+counts them on a small model. The last layer counts as the others, though its MLP sees target rows only. Not predicted are
+CUDA's own context, the allocator's waste and communication buffers.
 """
 
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def _kept_by_layer(shape: ModelShape, training: Training, num_tokens: int) -> in
     """Bytes of one layer that runs once.
 
     For each token: the two norms' inputs in float32; queries, keys, values and what attention gave (`_kept_by_attention`);
-    the gate, its activation and the up projection; what each LoRA reads (with dropout also the mask), and what its A gives.
+    the gate and the up projection; what each LoRA reads (with dropout also the mask), and what its A gives.
     Beside them LoRA's matrices, as they were rounded for a base that is not in float32.
     """
     h, a, m = shape.hidden, shape.heads * shape.head_dim, shape.mlp
@@ -89,7 +90,7 @@ def _kept_by_layer(shape: ModelShape, training: Training, num_tokens: int) -> in
     targets = [name for name in shape.linear_sizes if name in training.targets]
     inputs = {"o_proj": a, "down_proj": m}
     read = {name: inputs.get(name, h) for name in targets}
-    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 3 * m * base + len(targets) * training.rank * base
+    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 2 * m * base + len(targets) * training.rank * base
     if training.has_dropout:
         token += sum(read.values()) * (base + training.mask_bytes)
     else:  # read as they are: one tensor for q, k and v, one for gate and up

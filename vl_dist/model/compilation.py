@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vl_dist.errors import UserError
+from vl_dist.model.last_layer import pass_last_layer
 from vl_dist.model.tower import pass_block
 
 SHORTEST = 2  # tokens; a filler's only one would be compiled as a special case, for no use
@@ -35,8 +36,11 @@ def compile_layers(base: Any, num_lengths: int | None) -> None:
     layers, blocks = base.model.language_model.layers, base.model.visual.blocks
     layer_pass = type(layers[0]).forward
     compiled = torch.compile(layer_pass, dynamic=num_lengths is None)
-    for layer in layers:
+    for layer in layers[:-1]:
         layer.forward = partial(_choose, layer_pass, compiled, layer)
+    # Its rows after attention are as many as a pack has targets, whatever the pack's length.
+    compiled = torch.compile(pass_last_layer, dynamic=True)
+    layers[-1].forward = partial(_choose, pass_last_layer, compiled, layers[-1])
     compiled = torch.compile(pass_block, dynamic=True)
     for block in blocks:
         block.pass_images = partial(_choose, pass_block, compiled)

@@ -35,7 +35,9 @@ def dropped_places(num_values: int, p: float) -> torch.Tensor:
     """
     wanted = num_values * p
     num_drawn = math.ceil(wanted + SPARE * math.sqrt(wanted * (1.0 - p)) + SPARE**2)
-    gaps = torch.empty(num_drawn, dtype=torch.int64).geometric_(p)  # 1, 2, …: draws up to the next that is dropped
+    # A geometric number by inversion; torch's `geometric_` is the same without vector instructions.
+    kept = torch.rand(num_drawn, dtype=torch.float64).log_().mul_(1.0 / math.log1p(-p))  # values up to the next dropped one
+    gaps = kept.clamp_(max=num_values).long().add_(1)
     return gaps.cumsum(0).sub_(1).clamp_(max=num_values)
 
 

@@ -32,8 +32,33 @@ class RoundedLinear(nn.Linear):
         weight = self.weight.to(inputs.dtype)
         if onto is None:
             return functional.linear(inputs, weight)
-        summed = torch.addmm(onto.flatten(0, -2), inputs.flatten(0, -2), weight.t(), alpha=scale)
-        return summed.view(onto.shape)
+        # ZeRO-3 hands on views of what layers give, and compiled code needs no help.
+        if onto._is_view() or torch.compiler.is_compiling():
+            summed = torch.addmm(onto.flatten(0, -2), inputs.flatten(0, -2), weight.t(), alpha=scale)
+            return summed.view(onto.shape)
+        added: torch.Tensor = _AddProduct.apply(onto, inputs, weight, scale)
+        return added
+
+
+class _AddProduct(torch.autograd.Function):
+    """`addmm` into its first argument, which autograd's own in-place operation would copy in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, onto: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.mark_dirty(onto)
+        ctx.save_for_backward(inputs, weight)
+        ctx.scale = scale
+        onto.view(-1, onto.shape[-1]).addmm_(inputs.flatten(0, -2), weight.t(), alpha=scale)
+        return onto
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        inputs, weight = ctx.saved_tensors
+        rows = gradients[0].flatten(0, -2)
+        of_inputs = (rows @ weight).mul_(ctx.scale).view(inputs.shape)
+        of_weight = (rows.t() @ inputs.flatten(0, -2)).mul_(ctx.scale)
+        return gradients[0], of_inputs, of_weight, None
 
 
 class FusedLora(LoraLayer):  # type: ignore[misc]

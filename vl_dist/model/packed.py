@@ -19,6 +19,8 @@ from vl_dist.data.collate import Batch
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend, by_image, make_kernel
 from vl_dist.model.compilation import compile_layers
+from vl_dist.model.gated import keep_less_in_mlps
+from vl_dist.model.last_layer import shorten_last_layer
 from vl_dist.model.recompute import recompute_layers
 from vl_dist.model.tower import encode_images
 
@@ -49,6 +51,8 @@ class PackedModel(nn.Module):
         self._kernel = make_kernel(backend)
         self.tower_trains = any(p.requires_grad for p in self.tower.parameters())
         self.keep_features: Callable[[Batch, torch.Tensor], None] | None = None  # gets what the tower made of each pack
+        shorten_last_layer(self._base)
+        keep_less_in_mlps(self._base)
         if compiled:
             compile_layers(self._base, num_lengths)
         recompute_layers(self._base, recompute)
@@ -86,12 +90,18 @@ class PackedModel(nn.Module):
 
     def target_logits(self, batch: Batch) -> torch.Tensor:
         """[N, vocabulary]: the scores that predict each target."""
-        hidden = self.hidden_states(batch).index_select(0, batch.target_rows)
-        logits: torch.Tensor = self._base.lm_head(hidden)
+        logits: torch.Tensor = self._base.lm_head(self.hidden_states(batch, batch.target_rows))
         return logits
 
-    def hidden_states(self, batch: Batch) -> torch.Tensor:
-        """[T, H]: the language model's last hidden states."""
+    def hidden_states(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The language model's last hidden states.
+
+        Args:
+            rows: [N] int64, the rows to compute; None: all.
+
+        Returns:
+            [N, H], or [T, H].
+        """
         language_model = self._base.model.language_model
         embeddings = language_model.embed_tokens(batch.input_ids)
         if batch.num_images:  # an idle one counts
@@ -103,6 +113,7 @@ class PackedModel(nn.Module):
             attention_mask={"full_attention": self._kernel(batch, embeddings.dtype)},
             position_ids=batch.positions[:, None],
             use_cache=False,
+            target_rows=rows,
         )
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
