@@ -30,6 +30,7 @@ from vl_dist.run.checkpoint import save_adapter
 from vl_dist.run.distributed import Ranks
 from vl_dist.run.engine import PlainEngine
 from vl_dist.run.features import FeatureFill
+from vl_dist.run.freed_memory import keep_freed_memory
 from vl_dist.settings import LoraSettings, OptimConfig
 
 Gradient = dict[str, torch.Tensor]  # by the parameter's name in the PEFT model
@@ -56,6 +57,7 @@ class Task:
             home: has the workload's photographs; gets model and adapter.
             on_gpu: the 2B in bfloat16 with rank 64; else the workload's own model in float32 with rank 16.
         """
+        keep_freed_memory()  # as training does at its start; here the other ways gain from it too
         self.home, self.workload = home, workload
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         make_model(home / "model", workload, on_gpu=on_gpu)

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vl_dist.errors import SharedError, UserError
 from vl_dist.model.flops import known_peak_flops
+from vl_dist.run.freed_memory import keep_freed_memory
 from vl_dist.run.launched import Launch, refuse_lost_ranks
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class Ranks:
         refuse_lost_ranks(os.environ, ranks.world_size)
         if ranks.device.type == "cpu":
             torch.set_num_threads(cpu_threads or ranks._share_of_cores())
+            keep_freed_memory()
         return ranks
 
     @property
