@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from vl_dist.data.pictures import image_keys
 from vl_dist.data.plan import Step
 from vl_dist.model.attention import resolve_backend
 from vl_dist.model.features import feature_space
+from vl_dist.model.last_layer import pass_last_layer
 from vl_dist.model.load import load_base, load_processor
 from vl_dist.model.lora import attach_lora
 from vl_dist.model.packed import PackedModel
@@ -81,8 +83,12 @@ class Task:
             num_held_out=0, lora_r=rank, start_from=home / "start", shuffle=False, num_epochs=1,
         )  # fmt: skip
 
-    def way(self, name: str, steps: Steps, *, examples_per_step: int, notes: str = "") -> Way:
-        """This project's step over packs."""
+    def way(self, name: str, steps: Steps, *, examples_per_step: int, all_rows: bool = False) -> Way:
+        """This project's step over packs.
+
+        Args:
+            all_rows: the last layer computes rows that predict no target, too.
+        """
         run: Any = SimpleNamespace(ranks=self.ranks, engine=self.engine)
 
         def train() -> None:
@@ -94,9 +100,23 @@ class Task:
 
         def begin() -> Callable[[], None]:
             Accelerator()  # a Trainer's arguments empty the state that all Accelerators share
+            self._choose_last_layer(all_rows=all_rows)
             return train
 
-        return Way(name, begin, lambda: self.gradient(steps), examples_per_step, notes)
+        def gradient() -> Gradient:
+            self._choose_last_layer(all_rows=all_rows)
+            return self.gradient(steps)
+
+        return Way(name, begin, gradient, examples_per_step)
+
+    def _choose_last_layer(self, *, all_rows: bool) -> None:
+        layer = self.model.peft_model.get_base_model().model.language_model.layers[-1]
+
+        def pass_all(hidden: torch.Tensor, *, target_rows: torch.Tensor, **others: Any) -> torch.Tensor:
+            passed: torch.Tensor = type(layer).forward(layer, hidden, **others)
+            return passed.index_select(1, target_rows)
+
+        layer.forward = pass_all if all_rows else partial(pass_last_layer, layer)
 
     def gradient(self, steps: Steps) -> Gradient:
         """Of the mean loss over the first examples, which must be the first packs'."""

@@ -33,16 +33,17 @@ def ways_of(task: Task) -> list[Way]:
     """Ours: the first in the tutorial's micro-batches, then one feature more each time. A new row is a line here."""
     step, cached = task.workload.examples_per_step, task.caching()
     rows = [
-        ("tower under no_grad, logits on targets only; 2 x 2", task.packs_of(2, 2), 4),
-        (f"and packing; {step} a step", task.planned(), step),
-        (f"and model.feature_cache; {step} a step", task.planned(cached), step),
+        ("tower under no_grad, logits on targets only; 2 x 2", task.packs_of(2, 2), 4, True),
+        (f"and packing; {step} a step", task.planned(), step, True),
+        (f"and the last MLP on targets only; {step} a step", task.planned(), step, False),
+        (f"and model.feature_cache; {step} a step", task.planned(cached), step, False),
     ]
     if len(task.workload.groups[0]) > 1:
         rows += [
-            (f"packing and data.share_prefix; {step} a step", task.shared(), step),
-            (f"and model.feature_cache; {step} a step", task.shared(cached), step),
+            (f"all but the cache, and data.share_prefix; {step} a step", task.shared(), step, False),
+            (f"and model.feature_cache; {step} a step", task.shared(cached), step, False),
         ]
-    return [task.way(name, steps, examples_per_step=count) for name, steps, count in rows]
+    return [task.way(name, steps, examples_per_step=count, all_rows=all_rows) for name, steps, count, all_rows in rows]
 
 
 def peers_of(task: Task) -> tuple[list[Way], list[str]]:
