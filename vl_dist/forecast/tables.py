@@ -11,6 +11,7 @@ from vl_dist.forecast.forecast import Forecast
 from vl_dist.forecast.memory import GIB
 from vl_dist.forecast.steps import histogram
 from vl_dist.settings import Config
+from vl_dist.sizes import in_bytes
 
 SMALL = 0.1  # GiB; below it all memory is in MiB
 NUM_BINS, BAR_WIDTH = 16, 40
@@ -102,10 +103,10 @@ def _memory(found: Forecast) -> Table:
 
 def _disk(found: Forecast) -> Table:
     keep, cache = found.config.checkpoint.keep, found.config.model.feature_cache
-    all_of_them = "all kept" if keep is None else f"{keep} kept, {_size(keep * found.checkpoint_bytes)}"
+    all_of_them = "all kept" if keep is None else f"{keep} kept, {in_bytes(keep * found.checkpoint_bytes)}"
     rows = {
-        "one checkpoint": f"{_size(found.checkpoint_bytes)}; {all_of_them}",
-        f"image features, {'if they are cached' if cache is None else 'in ' + str(cache)}": _size(found.feature_bytes),
+        "one checkpoint": f"{in_bytes(found.checkpoint_bytes)}; {all_of_them}",
+        f"image features, {'if they are cached' if cache is None else 'in ' + str(cache)}": in_bytes(found.feature_bytes),
     }
     return _table("disk", rows)
 
@@ -115,11 +116,3 @@ def _table(title: str, rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))
     return table
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vl_dist.config import load, split_words
 from vl_dist.errors import UserError
 from vl_dist.settings import Config
+from vl_dist.sizes import in_bytes
 
 if TYPE_CHECKING:
     from vl_dist.run.distributed import Ranks
@@ -63,7 +64,7 @@ def _fill_and_tell(config: Config, ranks: "Ranks") -> None:
             config, ranks, say=lambda text: console.print(text, markup=False, soft_wrap=True), on_progress=bar.of_total
         )
     console.print(
-        f"{found.num_images:,} images, {found.num_added:,} of them added, {_size(found.num_bytes)} of features, "
+        f"{found.num_images:,} images, {found.num_added:,} of them added, {in_bytes(found.num_bytes)} of features, "
         f"{time.perf_counter() - started:.0f} s: {found.directory}",
         soft_wrap=True,
     )
@@ -118,16 +119,12 @@ def _refuse_small_disk(directory: Any, size: int) -> None:
     missing, free = size - there, free_bytes(directory)
     if missing > free:
         raise UserError(
-            f"The features of all images take {_size(size)}, of which {_size(there)} are there, and the disk of "
-            f"{directory} has {_size(free)} left. Free some, or give another model.feature_cache; training works without "
-            "one."
+            f"The features of all images take {in_bytes(size)}, of which {in_bytes(there)} are there, and the disk of "
+            f"{directory} has {in_bytes(free)} left. Free some, or give another model.feature_cache; training works "
+            "without one."
         )
 
 
 def _raise_first(warned: list[str]) -> None:
     if warned:
         raise UserError(warned[0])
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

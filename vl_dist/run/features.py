@@ -29,6 +29,7 @@ from vl_dist.errors import UserError
 from vl_dist.model.features import FeatureSpace, feature_space, spot_check
 from vl_dist.model.packed import PackedModel
 from vl_dist.run.distributed import Ranks
+from vl_dist.sizes import in_bytes
 
 SHARD_BYTES = 128 * 2**20
 SHARD_S = 60.0  # what is kept in memory at most so long can be lost with the process
@@ -238,7 +239,7 @@ def _begin(directory: Path, space: FeatureSpace, reader: FeatureReader, say: Cal
         size = sum(shard.stat().st_size for path in others for shard in path.glob(f"*{SUFFIX}"))
         say(
             f"Feature cache: {directory.parent} also has features of {len(others)} other towers, precisions or pixel "
-            f"settings ({size / 2**30:.2f} GiB), which this run does not use; {ABOUT} in each says which."
+            f"settings ({in_bytes(size)}), which this run does not use; {ABOUT} in each says which."
         )
 
 
