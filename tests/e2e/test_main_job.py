@@ -275,7 +275,7 @@ def test_metrics_have_a_row_with_every_column_for_each_logged_step(finished: Fin
     values = [(name, value) for row in rows for name, value in row.items()]
     assert all(value is None if name == "perf/mfu" else isinstance(value, int | float) for name, value in values)
     rates = [row["train/lr"] for row in rows[1:]]
-    assert rates == pytest.approx([3e-3 * (1 - n / NUM_STEPS) for n in range(NUM_STEPS)])
+    assert rates == pytest.approx([2e-3 * (1 - n / NUM_STEPS) for n in range(NUM_STEPS)])
     assert rows[-1]["eval/loss"] < 0.8 * rows[0]["eval/loss"]
 
 
