@@ -132,7 +132,7 @@ def test_a_whole_run_keeps_to_the_width_and_says_what_one_wants_to_know(tmp_path
         "float32 (auto), attention sdpa (auto)",
         "plan 4 steps of 4 examples, 15 an epoch; step 1 has 1 pack of at most 1,024 tokens",
         "devices 1 x cpu, 1 thread each",
-        "optim: lr=0.003, num_epochs=6, max_steps=4",
+        "optim: lr=0.002, num_epochs=8, max_steps=4",
         "W&B off (auto)",
         "training",
         "captioning",
