@@ -82,7 +82,7 @@ def _kept_by_layer(shape: ModelShape, training: Training, num_tokens: int) -> in
     """Bytes of one layer that runs once.
 
     For each token: the two norms' inputs in float32; queries, keys, values and what attention gave (`_kept_by_attention`);
-    the gate and the up projection; what each LoRA reads (with dropout also the mask), and what its A gives.
+    the gate, its activation and the up projection; what each LoRA reads (with dropout also the mask), and what its A gives.
     Beside them LoRA's matrices, as they were rounded for a base that is not in float32.
     """
     h, a, m = shape.hidden, shape.heads * shape.head_dim, shape.mlp
@@ -90,7 +90,7 @@ def _kept_by_layer(shape: ModelShape, training: Training, num_tokens: int) -> in
     targets = [name for name in shape.linear_sizes if name in training.targets]
     inputs = {"o_proj": a, "down_proj": m}
     read = {name: inputs.get(name, h) for name in targets}
-    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 2 * m * base + len(targets) * training.rank * base
+    token = 2 * h * FLOAT32 + 2 * FLOAT32 + 3 * m * base + len(targets) * training.rank * base
     if training.has_dropout:
         token += sum(read.values()) * (base + training.mask_bytes)
     else:  # read as they are: one tensor for q, k and v, one for gate and up

@@ -19,7 +19,6 @@ from vl_dist.data.collate import Batch
 from vl_dist.errors import UserError
 from vl_dist.model.attention import Backend, by_image, make_kernel
 from vl_dist.model.compilation import compile_layers
-from vl_dist.model.gated import keep_less_in_mlps
 from vl_dist.model.last_layer import shorten_last_layer
 from vl_dist.model.recompute import recompute_layers
 from vl_dist.model.tower import encode_images
@@ -52,7 +51,6 @@ class PackedModel(nn.Module):
         self.tower_trains = any(p.requires_grad for p in self.tower.parameters())
         self.keep_features: Callable[[Batch, torch.Tensor], None] | None = None  # gets what the tower made of each pack
         shorten_last_layer(self._base)
-        keep_less_in_mlps(self._base)
         if compiled:
             compile_layers(self._base, num_lengths)
         recompute_layers(self._base, recompute)
