@@ -129,4 +129,4 @@ def _attend_after_prefix(
     attended = functional.scaled_dot_product_attention(
         stacked, key, value, attn_mask=mask.repeat_interleave(shared, dim=0), scale=scaling
     )  # [B, G, Q·shared, D]
-    return attended.view(num_sequences, groups, num_rows, heads // groups, size).transpose(1, 2).reshape(-1, heads, size)
+    return attended.view(num_sequences, groups, num_rows, shared, size).transpose(1, 2).reshape(-1, heads, size)

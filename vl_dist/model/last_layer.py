@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-ROWS = "target_rows"  # what the rows are called among the arguments that transformers hands to every layer
-
 
 def shorten_last_layer(base: Any) -> None:
     """Makes the last decoder layer take rows; without them it is what it was.
@@ -25,20 +23,22 @@ def shorten_last_layer(base: Any) -> None:
     layer.forward = partial(pass_last_layer, layer)
 
 
-def pass_last_layer(layer: Any, hidden: torch.Tensor, **others: Any) -> torch.Tensor:
+def pass_last_layer(
+    layer: Any, hidden: torch.Tensor, *, target_rows: torch.Tensor | None = None, **others: Any
+) -> torch.Tensor:
     """[1, N, H] from [1, T, H].
 
     Source: `Qwen2VLDecoderLayer.forward` (transformers 5.23), which computes all rows, and which a test compares.
 
     Args:
-        others: what transformers gives a layer, and perhaps `target_rows`: [N] int64. Without them, or with None, N is T.
+        target_rows: [N] int64; None: all. It comes through transformers, which hands it to every layer.
+        others: what else transformers gives a layer.
     """
     passed: torch.Tensor
-    rows = others.pop(ROWS, None)
-    if rows is None:
+    if target_rows is None:
         passed = type(layer).forward(layer, hidden, **others)
         return passed
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **others)
-    chosen = (hidden + attended).index_select(1, rows)
+    chosen = (hidden + attended).index_select(1, target_rows)
     passed = chosen + layer.mlp(layer.post_attention_layernorm(chosen))
     return passed

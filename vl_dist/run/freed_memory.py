@@ -1,8 +1,7 @@
 """What the C library does with memory that a step freed: keeps it for the next, as torch does on CUDA.
 
 By itself glibc gives large blocks and the end of its heap back to the kernel, which then hands out the same pages in the
-next step one fault after the other, and clears each: 5 to 15 % of a step on a CPU, more where a fault is dear, as in a
-virtual machine.
+next step one fault after the other, and clears each. Faults are dear in a virtual machine.
 """
 
 import ctypes
